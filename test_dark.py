@@ -1,0 +1,816 @@
+"""python -m pytest: the mathematics against loop-written references, and the three scripts end to end, offline."""
+
+import inspect
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+import dark
+import evaluate
+
+HERE = Path(__file__).parent
+HC18 = HERE.parent / "shared" / "hc18"
+needs_hc18 = pytest.mark.skipif(not HC18.exists(), reason="the HC18 subset is not here")
+
+
+def fails(capsys, call, *words):
+    """The call must end with exit code 2 and one line on stderr that holds all the words."""
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def random_batch(n=7, d=5, d_t=9, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(n, d, generator=g, dtype=dtype), torch.randn(n, d, generator=g, dtype=dtype)
+    t_image, t_text = torch.randn(n, d_t, generator=g, dtype=dtype), torch.randn(n, d_t, generator=g, dtype=dtype)
+    return [image, text, torch.tensor(12.0, dtype=dtype), t_image, t_text, torch.tensor(40.0, dtype=dtype)]
+
+
+def reference(image, text, scale, t_image, t_text, t_scale, beta, diag=1.0, tau=5.0, smooth=0.0):
+    """The equations term by term."""
+    n = len(image)
+    unit = lambda x: x / x.norm()
+    clip = kd_diag = kd_off = 0
+    for rows, cols, t_rows, t_cols in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
+        for i in range(n):
+            s = [scale * (unit(rows[i]) * unit(cols[j])).sum() for j in range(n)]
+            t = [(t_scale * (unit(t_rows[i]) * unit(t_cols[j])).sum()).item() / tau for j in range(n)]
+            log_q = [s[j] - sum(x.exp() for x in s).log() for j in range(n)]
+            p = [(1 - smooth) * math.exp(t[j]) / sum(map(math.exp, t)) + smooth / n for j in range(n)]
+            clip = clip - log_q[i] / (2 * n)
+            kd_diag = kd_diag - p[i] * log_q[i] / (2 * n)
+            kd_off = kd_off - sum(p[j] * log_q[j] for j in range(n) if j != i) / (2 * n)
+    return clip + diag * kd_diag + beta * kd_off, {"clip": clip, "diag": kd_diag, "off": kd_off}
+
+
+@pytest.mark.parametrize("weights", [dict(beta=2.0), dict(beta=-1.6), dict(beta=0.3, diag=0.3, smooth=0.1), dict(beta=0.0, diag=0.0), dict(beta=-0.8, tau=1.0)])  # fmt: skip
+def test_loss_and_gradient_equal_the_loops(weights):
+    ours, loops = random_batch(), random_batch()
+    for batch in (ours, loops):
+        for x in batch[:3]:
+            x.requires_grad_()
+    loss, parts = dark.dark_loss(*ours, **weights)
+    expected, expected_parts = reference(*loops, **weights)
+    torch.testing.assert_close(loss, expected)
+    for name in ("clip", "diag", "off"):
+        torch.testing.assert_close(parts[name], expected_parts[name].detach())
+    loss.backward()
+    expected.backward()
+    for x, y in zip(ours[:3], loops[:3]):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_diag_and_off_sum_to_the_cross_entropy():
+    image, text, scale, t_image, t_text, t_scale = batch = random_batch(n=33)
+    logits = scale * F.normalize(image) @ F.normalize(text).T
+    t_logits = t_scale * F.normalize(t_image) @ F.normalize(t_text).T
+    whole = sum(F.cross_entropy(s, (t / 5).softmax(1)) for s, t in ((logits, t_logits), (logits.T, t_logits.T))) / 2
+    _, parts = dark.dark_loss(*batch, beta=-1.0)
+    torch.testing.assert_close(parts["diag"] + parts["off"], whole)
+
+
+def test_fp32_is_close_to_fp64_where_the_off_diagonal_nearly_vanishes():
+    batch = random_batch(n=256, d=64, d_t=96)
+    batch[1], batch[4] = batch[0] + 0.1 * batch[1], batch[3] + 0.1 * batch[4]  # well aligned, teacher confident
+    batch[2] = batch[5] = torch.tensor(100.0, dtype=torch.float64)
+    exact = dark.dark_loss(*batch, beta=-1.6)[1]["off"]
+    single = dark.dark_loss(*[x.float() for x in batch], beta=-1.6)[1]["off"]
+    assert abs(single / exact - 1) < 1e-4 and exact < 0.01
+
+
+def test_autocast_changes_nothing_and_the_teacher_gets_no_gradient():
+    batch = [x.float() for x in random_batch(n=16)]
+    for x in batch:
+        x.requires_grad_()
+    plain, _ = dark.dark_loss(*batch, beta=-1.6)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, parts = dark.dark_loss(*batch, beta=-1.6)
+        half, _ = dark.dark_loss(*[x.bfloat16() for x in batch], beta=-1.6)
+    assert torch.equal(plain, mixed) and half.dtype == torch.float32
+    assert not any(v.requires_grad for v in parts.values())
+    mixed.backward()
+    assert all(x.grad is not None for x in batch[:3]) and all(x.grad is None for x in batch[3:])
+
+
+def test_beta_decides_whether_a_confusion_is_imitated_or_repelled():
+    # The teacher takes image 0 for text 1. The student's similarity of the two must rise with beta > 0, else fall.
+    t_image = torch.eye(3)
+    t_text = torch.tensor([[0.6, 0.0, 0.0], [0.8, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    for beta, sign in ((1.0, -1), (-1.0, 1)):
+        gradient = []
+        for weight in (beta, 0.0):
+            image = (torch.eye(3) + 0.1).requires_grad_()
+            text = (torch.eye(3) + 0.1).detach()
+            args = (image, text, torch.tensor(5.0), t_image, t_text, torch.tensor(20.0))
+            dark.dark_loss(*args, beta=weight)[0].backward()
+            gradient.append((image.grad[0] * F.normalize(text, dim=-1)[1]).sum())
+        assert torch.sign(gradient[0] - gradient[1]) == sign
+
+
+def test_backward_keeps_only_two_matrices():
+    n, kept = 64, {}
+    batch = [x.float() for x in random_batch(n=n, d=8)]
+    batch[0].requires_grad_()
+
+    def remember(x):
+        if x.shape == (n, n):
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+        dark.dark_loss(*batch, beta=-1.0)
+    assert len(kept) == 2  # the logits and the teacher's off-diagonal
+
+
+def test_the_loss_lifts_out_of_the_file():
+    namespace = {"torch": torch, "F": F}
+    exec(inspect.getsource(dark.dark_loss), namespace)
+    batch = random_batch()
+    assert torch.equal(namespace["dark_loss"](*batch, beta=-1.6)[0], dark.dark_loss(*batch, beta=-1.6)[0])
+
+
+def test_schedules():
+    assert dark.beta_at(0, 100, 2.0, -0.8) == 2.0
+    assert dark.beta_at(100, 100, 2.0, -0.8) == pytest.approx(-1.6)
+    assert dark.beta_at(50, 100, 2.0, -0.8) == pytest.approx(0.2)
+    for r, crossing in ((-0.8, 11.1), (-0.4, 14.3)):  # epochs of 20, as README states
+        assert round(20 / (1 - r), 1) == crossing
+        assert dark.beta_at(20 / (1 - r), 20, 2.0, r) == pytest.approx(0, abs=1e-12)
+    assert dark.lr_at(0, 1000, 1.0, 500) == pytest.approx(1 / 500)
+    assert dark.lr_at(499, 1000, 1.0, 500) == dark.lr_at(500, 1000, 1.0, 500) == 1.0
+    assert dark.lr_at(750, 1000, 1.0, 500) == pytest.approx(0.5)
+    assert 0 < dark.lr_at(999, 1000, 1.0, 500) < 1e-4
+
+
+def test_clamp_is_needed_and_holds():
+    # Repulsion alone, free embeddings: the scale grows without end unless it is clamped.
+    clip = torch.nn.Module()
+    clip.logit_scale = torch.nn.Parameter(torch.tensor(4.0))
+    batch = [x.float() for x in random_batch()]
+    optimizer = torch.optim.SGD([clip.logit_scale], lr=0.1)
+    largest = []
+    for clamp in (False, True):
+        for _ in range(60):
+            optimizer.zero_grad()
+            dark.dark_loss(batch[0], batch[1], clip.logit_scale.exp(), *batch[3:], beta=-3.0)[0].backward()
+            clip.logit_scale.grad.clamp_(-1, 1)
+            optimizer.step()
+            if clamp:
+                dark.clamp_scale(clip)
+        largest.append(clip.logit_scale.exp().item())
+    assert largest[0] > 1000 and 99 < largest[1] <= 100
+
+
+def test_ablation_rows_are_choices_of_the_two_weights():
+    def weights(name, t):
+        cfg, _ = dark.parse_args(["--ablation", name])
+        beta = dark.beta_at(t, 10, cfg.beta0, cfg.r)
+        return pytest.approx(beta if cfg.coupled else cfg.diag), pytest.approx(beta)
+
+    table = {
+        "no-kd": [(0, 0), (0, 0)],
+        "static": [(1, 1), (1, 1)],
+        "static-feat": [(1, 1), (1, 1)],
+        "decay": [(1, 1), (0.1, 0.1)],
+        "full-decay": [(1, 1), (0, 0)],
+        "conf-penalty": [(1, 1), (0.1, 0.1)],
+        "coupled": [(2, 2), (-1.6, -1.6)],
+        "selective": [(1, 2), (1, -1.6)],
+        "beta4": [(1, 4), (1, -3.2)],
+        "beta8": [(1, 8), (1, -6.4)],
+        "r-0.5": [(1, 2), (1, -1)],
+        "r-0.4": [(1, 2), (1, -0.8)],
+    }
+    assert table.keys() == dark.ABLATIONS.keys()
+    for name, (start, end) in table.items():
+        assert weights(name, 0) == start and weights(name, 10) == end, name
+    assert dark.parse_args(["--ablation", "conf-penalty"])[0].smooth == 0.1
+    assert dark.parse_args(["--ablation", "static-feat"])[0].feature == 2000
+    assert dark.parse_args(["--ablation", "beta4", "--beta0", "3"])[0].beta0 == 3  # a given flag wins
+
+
+# ---------------------------------------------------------------- the step
+
+
+def tiny_model(seed=0, patch_dropout=0.0):
+    """A CLIP without batch norm, for gradients that must not depend on how a batch is cut."""
+    import open_clip
+
+    torch.manual_seed(seed)
+    vision = dict(image_size=16, layers=1, width=32, head_width=16, patch_size=8, patch_dropout=patch_dropout)
+    clip = open_clip.CLIP(24, vision, dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1))
+    return dark.Model("tiny", clip, None, 8, 16, (0.5,) * 3, (0.5,) * 3, "bilinear")
+
+
+def tiny_batch(n=8):
+    g = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 16, 16, 3), generator=g, dtype=torch.uint8)
+    return images, torch.randint(1, 50, (n, 8), generator=g)
+
+
+def tiny_step(net, images, tokens, targets, chunk, **settings):
+    cfg = dark.Config(**settings)
+    objective = lambda embeddings, scale: dark.batch_loss(cfg, -1.6, embeddings, scale, targets, torch.tensor(30.0))
+    seeds = list(range(-(-len(tokens) // chunk)))
+    return dark.forward_backward(net, images, tokens, chunk, seeds, objective)
+
+
+def tiny_towers(project_to=0, **more):
+    model = tiny_model(**more)
+    dark.embedding_size, original = (lambda _: 24), dark.embedding_size
+    try:
+        return dark.Towers(model, project_to)
+    finally:
+        dark.embedding_size = original
+
+
+def gradients(net):
+    return {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("feature", [0.0, 2000.0])
+def test_micro_batches_give_the_full_batch_gradient(feature):
+    images, tokens = tiny_batch()
+    targets = [torch.randn(8, 40, generator=torch.Generator().manual_seed(k)) for k in (2, 3)]
+    found = []
+    for chunk in (8, 2):
+        net = tiny_towers(40 if feature else 0)
+        for p in net.projections.parameters():
+            torch.nn.init.constant_(p, 0.01)
+        loss, parts = tiny_step(net, images, tokens, targets, chunk, feature=feature)
+        found.append((loss, parts, gradients(net)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert ("feature" in found[0][1]) == bool(feature)
+    for name, gradient in found[0][2].items():
+        assert gradient.abs().max() > 0 or "bias" in name, name
+        torch.testing.assert_close(found[1][2][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_both_passes_of_a_micro_batch_drop_the_same_patches():
+    images, tokens = tiny_batch()
+    seen = []
+    net = tiny_towers(patch_dropout=0.5).train()
+    net.register_forward_hook(lambda module, args, output: seen.append(output[0][0].detach()))
+    tiny_step(net, images, tokens, None, 4)
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0][:4], net(images[:4], tokens[:4])[0][0])  # it does drop
+
+
+def test_batch_norm_statistics_move_once_with_micro_batches():
+    torch.manual_seed(0)
+    model = dark.open_model("demo-fastvit")
+    net = dark.Towers(model).train()
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    tiny_step(net, images, model.tokenizer(["a"] * 8), None, 4)
+    counts = {int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2}  # once per chunk
+
+
+def distributed_worker(rank, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    images, tokens = tiny_batch()
+    targets = [torch.randn(8, 40, generator=torch.Generator().manual_seed(k)) for k in (2, 3)]
+    mine = slice(4 * rank, 4 * rank + 4)
+    gathered = [dark.gather(t[mine]) for t in targets]
+    assert all(torch.equal(a, b) for a, b in zip(gathered, targets))
+    for chunk in (4, 2):
+        net = torch.nn.parallel.DistributedDataParallel(tiny_towers())
+        tiny_step(net, images[mine], tokens[mine], gathered, chunk)
+        torch.save(gradients(net.module), f"{folder}/gradient{chunk}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    images, tokens = tiny_batch()
+    targets = [torch.randn(8, 40, generator=torch.Generator().manual_seed(k)) for k in (2, 3)]
+    net = tiny_towers()
+    tiny_step(net, images, tokens, targets, 8)
+    mp.spawn(distributed_worker, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        for chunk in (4, 2):  # 2: with micro-batches
+            for name, gradient in torch.load(tmp_path / f"gradient{chunk}-{rank}.pt", weights_only=True).items():
+                torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gather_is_the_identity_without_a_group():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert dark.gather(x) is x
+
+
+def test_optimizer_decays_matrices_only():
+    model = dark.open_model("demo-fastvit")
+    net = dark.Towers(model)
+    decayed, free = dark.make_optimizer(dark.Config(), net).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert decayed["betas"] == (0.9, 0.98) and decayed["eps"] == 1e-6
+    names = {id(p): name for name, p in net.named_parameters()}
+    free = {names[id(p)] for p in free["params"]}
+    assert "clip.logit_scale" in free and "clip.ln_final.weight" in free
+    assert all("bias" not in names[id(p)] for p in decayed["params"])
+    assert any("gamma" in name for name in free)  # FastViT's layer scales, shaped (C, 1, 1)
+    assert len(free) + len(decayed["params"]) == len(names)
+
+
+# ---------------------------------------------------------------- the data
+
+
+def png(color=128, size=(40, 30), mode="L", format="PNG"):
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, format)
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pair_members(n, first=0):
+    for i in range(first, first + n):
+        yield f"{i:04d}.jpg", png(i % 256, format="JPEG")
+        yield f"{i:04d}.json", b"{}"
+        yield f"{i:04d}.txt", f"caption {i}".encode()
+
+
+def pairs_of(data, **settings):
+    student = dark.open_model("demo-fastvit")
+    cfg = dark.Config(data=(str(data),), spacing_size=64, **settings)
+    return dark.Pairs(cfg, [student, student])
+
+
+def test_tar_pairs_are_found_and_read(tmp_path):
+    members = [
+        ("b/1.png", png(200)), ("b/1.txt", b"in a folder"), ("a.seg.png", png()), ("a.jpeg", png(50, format="JPEG")),
+        ("a.txt", "ümlaut\n".encode()), ("alone.webp", png(format="WEBP")), ("._a.txt", b"x"), ("c.cls", b"3"),
+    ]  # fmt: skip
+    index = dark.index_tar(write_tar(tmp_path / "x.tar", members))
+    read = [dark.read_tar(tmp_path / "x.tar", index, i) for i in range(len(index))]
+    assert [(image.getpixel((0, 0)), text) for image, text in read] == [(200, "in a folder"), (50, "ümlaut")]
+
+
+def test_tars_by_braces_and_globs_are_the_same_pairs(tmp_path):
+    for k in range(3):
+        write_tar(tmp_path / f"s-{k:03d}.tar", pair_members(4, 4 * k))
+    braces, stars = pairs_of(tmp_path / "s-{000..002}.tar"), pairs_of(tmp_path / "s-*.tar")
+    assert len(braces) == len(stars) == 12
+    for data in (braces, stars):
+        captions = [data[0, i][1] for i in range(12)]
+        assert captions == [f"caption {i}" for i in range(12)]
+
+
+def test_bad_tars_are_named(tmp_path, capsys):
+    whole = write_tar(tmp_path / "whole.tar", pair_members(3)).read_bytes()
+    size = tarfile.open(tmp_path / "whole.tar").getmembers()[-1].offset_data + 512
+    broken = tmp_path / "broken.tar"
+    for cut in (size, size - 512, size - 700, size - 1024, 100):  # after, at and in a member, its header, the first
+        broken.write_bytes(whole[:cut])
+        fails(capsys, lambda: dark.index_tar(broken), "broken.tar")
+    broken.write_bytes(b"")
+    fails(capsys, lambda: dark.index_tar(broken), "broken.tar")
+    write_tar(broken, [])
+    fails(capsys, lambda: dark.index_tar(broken), "broken.tar", "no pair")
+    write_tar(broken, [("a.jpg", png()), ("b.txt", b"x")])
+    fails(capsys, lambda: dark.index_tar(broken), "broken.tar", "no pair")
+    write_tar(broken, [("a.jpg", png()), ("a.png", png()), ("a.txt", b"x")])
+    fails(capsys, lambda: dark.index_tar(broken), "broken.tar", "more than one image")
+
+
+def test_epochs_are_exact_and_steps_can_be_entered_anywhere():
+    n, batch, steps = 10, 4, 15  # six epochs, batches lie across their ends
+    stream = list(dark.batches(n, batch, (0, steps), seed=3))
+    flat = [pair for step in stream for pair in step]
+    for epoch in range(6):
+        assert sorted(i for e, i in flat if e == epoch) == list(range(n))
+    orders = [[i for e, i in flat if e == epoch] for epoch in range(6)]
+    assert orders[0] != orders[1]
+    assert list(dark.batches(n, batch, (7, steps), seed=3)) == stream[7:]
+    halves = [list(dark.batches(n, batch, (0, steps), seed=3, rank=r, world=2)) for r in range(2)]
+    assert [a + b for a, b in zip(*halves)] == stream and all(len(a) == 2 for a in halves[0])
+    assert list(dark.batches(n, batch, (0, steps), seed=4)) != stream
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(file, "PNG")
+    write_tar(tmp_path / "x.tar", [m for i in range(4) for m in ((f"{i}.png", file.getvalue()), (f"{i}.txt", b"x"))])
+    data, again = pairs_of(tmp_path / "x.tar"), pairs_of(tmp_path / "x.tar")
+    first = data[2, 3][0][0]
+    again[0, 0], np.random.rand(), torch.rand(1)
+    assert torch.equal(again[2, 3][0][0], first)
+    assert not torch.equal(data[1, 3][0][0], first) and not torch.equal(data[2, 2][0][0], first)
+    assert not torch.equal(pairs_of(tmp_path / "x.tar", seed=7)[2, 3][0][0], first)
+    student, teacher = data[2, 3][0]
+    assert torch.equal(student, teacher)  # equal sizes: equal pixels
+
+
+def test_teacher_and_student_see_one_view_at_their_own_sizes():
+    small, large = dark.open_model("demo-fastvit"), dark.open_model("demo-vit")
+    large.size = 128
+    data = dark.Pairs(dark.Config(data=("phantom",), phantom_pairs=8, spacing_size=64), [small, large])
+    for index in range(8):
+        (a, b), _, _ = data[1, index]
+        assert a.shape == (64, 64, 3) and b.shape == (128, 128, 3)
+        halved = np.asarray(Image.fromarray(b.numpy()).resize((64, 64), Image.Resampling.BILINEAR), np.float32)
+        assert np.abs(halved - a.numpy()).mean() < 1
+
+
+def test_augmentation_stays_in_the_paper_bounds():
+    base = Image.fromarray(np.pad(np.full((20, 20), 200, np.uint8), 40))
+    angles = []
+    for seed in range(60):
+        image = np.asarray(dark.augment(base, np.random.default_rng(seed)), np.float32)
+        ys, xs = np.nonzero(image > image.max() / 2)
+        assert abs(xs.mean() - 49.5) <= 5.6 and abs(ys.mean() - 49.5) <= 5.6  # 5 % of 100 pixels
+        assert 200 * 0.85 * 0.85 - 10 < image.max() <= 255
+        angles.append(math.degrees(math.atan2(ys[xs.argmax()] - ys.mean(), 10)))
+    assert len(set(angles)) > 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"])
+def test_every_mode_becomes_eight_bit(mode):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+    elif mode in ("I", "F"):
+        image = Image.fromarray((ramp.astype(np.int32) * 257) if mode == "I" else ramp.astype(np.float32) / 255)
+    else:
+        image = Image.fromarray(ramp).convert("RGB").convert(mode) if mode in ("LAB",) else Image.fromarray(ramp).convert("RGB").convert("L" if mode in ("LA", "PA") else "RGB").convert(mode) if mode != "LAB" else None  # fmt: skip
+    eight = dark.to_8bit(image)
+    assert eight.mode in ("L", "RGB")
+    values = np.asarray(eight.convert("L"), np.int64)[0]
+    if mode == "1":
+        assert set(values) == {0, 255}
+    elif mode not in ("HSV", "LAB", "YCbCr", "P", "PA"):
+        assert np.abs(values - np.arange(256)).max() <= 1, mode
+    else:
+        assert values[250] - values[5] > 200
+
+
+def test_transparent_pixels_are_black():
+    image = Image.new("RGBA", (4, 4), (250, 250, 250, 0))
+    assert dark.to_8bit(image).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_square_pads_with_zeros_in_the_centre():
+    image = dark.square(Image.new("L", (80, 40), 255), 80, "bicubic")
+    column = np.asarray(image)[:, 40]
+    assert image.size == (80, 80) and (column[:20] == 0).all() and (column[20:60] == 255).all() and (column[60:] == 0).all()
+    assert dark.square(Image.new("RGB", (30, 90), (1, 2, 3)), 32, "bilinear").size == (32, 32)
+
+
+def test_large_jpegs_are_decoded_at_reduced_size():
+    big = Image.open(io.BytesIO(png(90, (2000, 1500), format="JPEG")))
+    assert dark.decode(big, 200).size == (500, 375)  # the smallest that still is twice what is needed
+    small = Image.open(io.BytesIO(png(90, (300, 200), format="JPEG")))
+    assert dark.decode(small, 200).size == (300, 200)
+
+
+def test_unreadable_samples_are_replaced_and_counted(tmp_path):
+    members = list(pair_members(200))
+    members[3 * 7] = (members[3 * 7][0], b"not an image")
+    data = pairs_of(write_tar(tmp_path / "x.tar", members))
+    views, text, bad = data[0, 7]
+    assert text == "caption 8" and bad == [7] and data[0, 8][2] == []
+    assert data.collate([data[0, 6], data[0, 7]])[3] == [7]
+    assert data.where(7) == f"pair 7 of {tmp_path / 'x.tar'}"
+
+
+def test_phantom_is_deterministic_and_to_scale():
+    image, label = dark.phantom(5, 11)
+    again, _ = dark.phantom(5, 11)
+    assert image.tobytes() == again.tobytes() != dark.phantom(5, 12)[0].tobytes() != dark.phantom(6, 12)[0].tobytes()
+    assert {dark.phantom(0, i)[1]["view"] for i in range(60)} == set(dark.VIEWS)
+    for i in range(40):
+        label = dark.phantom(0, i)[1]
+        assert 98 <= label["days"] <= 272
+        assert abs(label["hc_mm"] / dark.who_hc(label["days"]) - 1) < 0.1
+        text = dark.read_phantom(0, 64, i)[1]
+        assert f"{160 / 64 * label['pixel_mm']:.2f} mm" in text and f"{label['days'] // 7} weeks" in text
+        assert dark.VIEWS[label["view"]] in text
+
+
+def test_who_curve():
+    t = 20.0
+    by_hand = math.exp(2.09924879247164 + 0.253373656106037 * t - 0.00605647816678282 * t**2 + 0.0000514256072059917 * t**3)
+    assert dark.who_hc(140) == pytest.approx(by_hand) and 170 < by_hand < 180
+
+
+def write_planes(folder, rows):
+    (folder / "Images").mkdir(parents=True)
+    lines = ["Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train "]
+    for i, (plane, brain, train) in enumerate(rows):
+        (folder / "Images" / f"p{i}.png").write_bytes(png(i))
+        lines.append(f"p{i};{i // 2};{plane};{brain};Op. 1;Voluson E6;{train}")
+    (folder / "FETAL_PLANES_DB_data.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_hc18(folder, rows):
+    (folder / "training_set").mkdir(parents=True)
+    lines = ["filename,pixel size(mm),head circumference (mm)"]
+    for i, (pixel, hc) in enumerate(rows):
+        (folder / "training_set" / f"{i:03d}_HC.png").write_bytes(png(i, (80, 54)))
+        lines.append(f"{i:03d}_HC.png,{pixel},{hc}")
+    (folder / "training_set_pixel_size_and_HC.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_planes_and_hc18_captions(tmp_path):
+    rows = [("Fetal brain", "Trans-cerebellum", 1), ("Fetal thorax", "Not A Brain", 0), ("Other", "Not A Brain", 1)]
+    data = pairs_of(f"planes:{write_planes(tmp_path / 'p', rows)}")
+    assert len(data) == 2  # `Train ` = 1 only
+    assert "fetal brain, trans-cerebellum plane" in data[0, 0][1]
+    hc = float(dark.who_hc(20 * 7 + 3))
+    data = pairs_of(f"hc18:{write_hc18(tmp_path / 'h', [(0.1, hc), (0.2, 300)])}")
+    assert "20 weeks and 3 days" in data[0, 0][1] and f"{80 / 64 * 0.1:.2f} mm" in data[0, 0][1]
+
+
+@needs_hc18
+def test_ages_agree_with_the_shipped_shards():
+    index = dark.index_tar(HC18 / "train-000000.tar")
+    assert len(index) > 100
+    with tarfile.open(HC18 / "train-000000.tar") as tar:
+        for name in [n for n in tar.getnames() if n.endswith(".json")]:
+            truth = json.loads(tar.extractfile(name).read())
+            assert abs(dark.age_of(truth["hc_mm"]) - truth["ga_days"]) <= 1
+
+
+# ---------------------------------------------------------------- the models
+
+
+def test_paper_student_and_preprocessing(tmp_path):
+    model = dark.open_model("MobileCLIP2-S0", context_length=117)
+    millions = lambda module: round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
+    assert millions(model.clip.visual) == 11.41
+    assert millions(model.clip) == 74.86
+    assert (model.size, model.mean, model.std, model.interpolation) == (256, (0, 0, 0), (1, 1, 1), "bilinear")
+    assert model.tokenizer(["a"]).shape == (1, 117) and model.clip.context_length == 117
+    path = tmp_path / "s0.pt"
+    torch.save(model.clip.state_dict(), path)
+    loaded = dark.open_model("MobileCLIP2-S0", str(path), 117)
+    assert (loaded.mean, loaded.std, loaded.interpolation) == ((0, 0, 0), (1, 1, 1), "bilinear")  # not OpenAI's
+    assert all(torch.equal(a, b) for a, b in zip(model.clip.parameters(), loaded.clip.parameters()))
+
+
+def test_preprocessing_of_other_models():
+    model = dark.open_model("ViT-S-32", mean="0.1,0.2,0.3", std="1,1,2")
+    assert model.mean == (0.1, 0.2, 0.3) and model.std == (1, 1, 2) and model.interpolation == "bicubic" and model.size == 224
+    pixels = model.pixels(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([0.9, 0.8, 0.35]))
+
+
+@pytest.mark.parametrize("form", ["bare", "state_dict", "module", "safetensors", "checkpoint"])
+def test_weights_in_every_form(tmp_path, form):
+    torch.manual_seed(3)
+    source = dark.open_model("demo-vit")
+    state = source.clip.state_dict()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    elif form == "checkpoint":
+        dark.save_checkpoint(path, source, 0, 0.0, dark.Config())
+    else:
+        state = {f"module.{k}": v for k, v in state.items()} if form == "module" else state
+        torch.save({"state_dict": state} if form != "bare" else state, path)
+    torch.manual_seed(4)
+    loaded = dark.open_model("demo-vit", str(path))
+    for name, value in loaded.clip.state_dict().items():
+        assert torch.equal(value, source.clip.state_dict()[name]), name
+
+
+def test_weights_that_do_not_match_are_an_error(tmp_path, capsys):
+    state = dark.open_model("demo-vit").clip.state_dict()
+    path = tmp_path / "w.pt"
+    torch.save({k: v for k, v in state.items() if k != "ln_final.weight"} | {"extra": torch.zeros(1)}, path)
+    fails(capsys, lambda: dark.open_model("demo-vit", str(path)), "w.pt", "2 keys", "missing ln_final.weight", "unexpected extra")
+    fails(capsys, lambda: dark.open_model("demo-fastvit", str(path)), "w.pt", "keys", "positional_embedding is (40, 128), not (40, 64)")
+    path.write_bytes(b"garbage")
+    fails(capsys, lambda: dark.open_model("demo-vit", str(path)), "w.pt")
+    fails(capsys, lambda: dark.open_model("demo-vit", "nowhere.pt", flag="--student-weights"), "--student-weights nowhere.pt")
+    fails(capsys, lambda: dark.open_model("MobileCLIP2-S0", "openai"), "openai", "dfndr2b")
+    fails(capsys, lambda: dark.open_model("ViT-L-15"), "ViT-L-15", "ViT-L-14")
+    fails(capsys, lambda: dark.open_model("ViT-S-32", mean="1,2"), "1,2")
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    dark.write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def die(temporary):
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dark.write_atomically(path, die)
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------- the runs
+
+SMALL = ["--phantom-pairs", "36", "--batch", "8", "--epochs", "2", "--teacher-epochs", "1", "--warmup", "2", "--workers", "0", "--log-every", "1"]  # fmt: skip
+
+
+def run(out, *flags):
+    dark.main([*SMALL, "--out", str(out), *flags])
+    return torch.load(out / "student.pt", weights_only=True), [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the default path, small; teacher first."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return out, *run(out)
+
+
+def test_a_run_leaves_what_it_says(finished):
+    out, checkpoint, log = finished
+    assert {p.name for p in out.iterdir()} == {"student.pt", "log.jsonl", "curves.png", "teacher.pt", "teacher_log.jsonl"}
+    assert [record["step"] for record in log] == list(range(9))  # 2 epochs of 36 pairs in batches of 8
+    wanted = "step epoch loss clip diag off beta logit_scale lr grad_norm img_s data_wait".split()
+    for record in log:
+        assert set(wanted) <= record.keys() and all(math.isfinite(record[k]) for k in wanted)
+        assert record["loss"] == pytest.approx(record["clip"] + record["diag"] + record["beta"] * record["off"], rel=1e-4)
+        assert record["beta"] == pytest.approx(dark.beta_at(record["step"], 9, 2.0, -0.8))
+        assert record["logit_scale"] <= 100
+    assert log[0]["beta"] > 0 > log[-1]["beta"]
+    assert checkpoint["step"] == checkpoint["steps"] == 9 and checkpoint["config"]["r"] == -0.8
+    assert checkpoint["architecture"] == "demo-fastvit" and checkpoint["preprocess"]["size"] == 64
+    student = dark.open_model("demo-fastvit").clip
+    assert checkpoint["state_dict"].keys() == student.state_dict().keys()  # no teacher, no projections
+    assert sum(len(g["params"]) for g in checkpoint["optimizer"]["param_groups"]) == len(list(student.parameters()))
+    assert Image.open(out / "curves.png").size[0] > 500
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    out, checkpoint, log = finished
+    before = (out / "student.pt").read_bytes()
+    fails(capsys, lambda: run(out), "finished", "--resume", "--overwrite")
+    fails(capsys, lambda: run(out, "--resume", "--beta0", "3"), "--beta0", "2.0", "3.0")
+    fails(capsys, lambda: run(out, "--resume", "--lr", "0.5"), "--lr", "0.5")
+    run(out, "--resume")  # nothing left to do
+    assert (out / "student.pt").read_bytes() == before
+
+
+def test_the_teacher_is_reused(finished, tmp_path, capsys):
+    out, checkpoint, log = finished
+    other = tmp_path / "other"
+    other.mkdir()
+    teacher = (out / "teacher.pt").read_bytes()
+    (other / "teacher.pt").write_bytes(teacher)
+    again, again_log = run(other)
+    assert (other / "teacher.pt").read_bytes() == teacher and not (other / "teacher_log.jsonl").read_text()
+    assert all(torch.equal(v, checkpoint["state_dict"][k]) for k, v in again["state_dict"].items())
+    run(other, "--beta0", "4", "--overwrite")  # another student of the same teacher
+    assert (other / "teacher.pt").read_bytes() == teacher
+    fails(capsys, lambda: run(tmp_path / "other", "--seed", "1"), "holds")
+
+
+def test_no_kd_needs_no_teacher(tmp_path):
+    checkpoint, log = run(tmp_path / "out", "--ablation", "no-kd", "--epochs", "1")
+    assert not (tmp_path / "out" / "teacher.pt").exists()
+    assert log[-1]["off"] is None and log[-1]["loss"] == pytest.approx(log[-1]["clip"])
+
+
+def test_feature_row_trains_its_projections(finished, tmp_path):
+    out = finished[0]
+    weights = ["--teacher", "demo-vit", "--teacher-weights", str(out / "teacher.pt")]
+    checkpoint, log = run(tmp_path / "out", "--ablation", "static-feat", "--micro-batch", "4", *weights)
+    assert log[-1]["feature"] < log[0]["feature"]
+    r = log[3]
+    assert r["loss"] == pytest.approx(r["clip"] + r["diag"] + r["off"] + 2000 * r["feature"], rel=1e-4)
+    assert [v.shape for v in checkpoint["projections"].values()] == [(128, 64), (128,)] * 2
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_killed_and_resumed_is_bit_identical(finished, tmp_path, stage):
+    out = tmp_path / "out"
+    log = out / ("log.jsonl" if stage == "student" else "teacher_log.jsonl")
+    command = [sys.executable, str(HERE / "dark.py"), *SMALL, "--out", str(out)]
+    if stage == "student":  # a teacher that needs no training saves the time
+        out.mkdir()
+        (out / "teacher.pt").write_bytes((finished[0] / "teacher.pt").read_bytes())
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lines = 6 if stage == "student" else 2  # in the middle of the second epoch, or of the teacher's only one
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= lines):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    step = torch.load(out / f"{stage}.pt", weights_only=True)["step"]
+    assert step == (5 if stage == "student" else 0)
+    checkpoint, records = run(out, "--resume")
+    for name, value in finished[1]["state_dict"].items():
+        assert torch.equal(value, checkpoint["state_dict"][name]), name
+    assert [r["step"] for r in records] == list(range(9))
+    timing = ("img_s", "data_wait")
+    assert [{k: v for k, v in r.items() if k not in timing} for r in records] == [{k: v for k, v in r.items() if k not in timing} for r in finished[2]]  # fmt: skip
+
+
+def test_two_processes_train(tmp_path):
+    out = tmp_path / "out"
+    flags = [*SMALL, "--ablation", "no-kd", "--epochs", "1", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(HERE / "dark.py"), *flags]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+    assert torch.load(out / "student.pt", weights_only=True)["step"] == 4
+
+
+def test_too_many_unreadable_samples_stop_the_run(tmp_path, capsys):
+    members = [(name, b"" if name == "0003.jpg" else content) for name, content in pair_members(40)]
+    data = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", "--data", str(data), "--ablation", "no-kd", "--epochs", "1")
+    assert "1 of 40" in str(stopped.value.code) and str(data) in str(stopped.value.code)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", "--ablation", "no-kd", "--lr", "1e30", "--warmup", "0")
+    assert "not finite at step" in str(stopped.value.code) and "logit_scale" in str(stopped.value.code)
+
+
+@needs_hc18
+def test_real_shards_train(tmp_path):
+    flags = ["--data", str(HC18 / "train-{000000..000001}.tar"), f"hc18:{HC18 / 'val'}", "--ablation", "no-kd", "--batch", "32", "--epochs", "1"]
+    checkpoint, log = run(tmp_path / "out", *flags)
+    assert len(log) == (290 + 91) // 32 and log[-1]["clip"] < log[0]["clip"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such-flag", "3"], ["--no-such-flag"]),
+        (["--bet", "3"], ["--bet"]),
+        (["--beta0", "x"], ["beta0", "x"]),
+        (["--beta0", "nan"], ["--beta0", "nan"]),
+        (["--tau", "0"], ["--tau 0"]),
+        (["--ablation", "x"], ["--ablation x", "no-kd", "r-0.4"]),
+        (["--smooth", "1"], ["--smooth 1"]),
+        (["--batch", "37"], ["--batch 37", "36"]),
+        (["--batch", "1"], ["--batch 1"]),
+        (["--micro-batch", "3"], ["--micro-batch 3", "8"]),
+        (["--device", "tpu9"], ["--device tpu9"]),
+        (["--data", "nowhere-{0..3}.tar"], ["nowhere-0.tar"]),
+        (["--data", "nowhere*.tar"], ["nowhere*.tar"]),
+        (["--data", "planes:nowhere"], ["planes:nowhere", "FETAL_PLANES_DB_data.csv"]),
+        (["--data", "hc18:nowhere"], ["hc18:nowhere", "training_set_pixel_size_and_HC.csv"]),
+        (["--teacher-weights", "nowhere.pt"], ["--teacher-weights nowhere.pt"]),
+        (["--student", "nothing"], ["nothing"]),
+        (["--resume", "--overwrite"], ["--resume"]),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, capsys, flags, words):
+    fails(capsys, lambda: run(tmp_path / "out", *flags), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_the_data_get_one_line(tmp_path, capsys):
+    planes = write_planes(tmp_path / "p", [("Fetal brain", "Trans-thalamic", 1)] * 3)
+    table = planes / "FETAL_PLANES_DB_data.csv"
+    good = table.read_text()
+    table.write_text(good.replace("Brain_plane", "Brainplane"))
+    fails(capsys, lambda: run(tmp_path / "out", "--data", f"planes:{planes}"), "'Brain_plane'")
+    table.write_text(good)
+    (planes / "Images" / "p1.png").unlink()
+    fails(capsys, lambda: run(tmp_path / "out", "--data", f"planes:{planes}"), "1 of 3", "p1.png")
+    heads = write_hc18(tmp_path / "h", [(0.1, 200), ("", 200)])
+    fails(capsys, lambda: run(tmp_path / "out", "--data", f"hc18:{heads}"), "001_HC.png")
+
+
+def test_a_tag_without_network_names_the_flag(capsys, monkeypatch):
+    import open_clip
+
+    def refuse(*args, **more):
+        raise RuntimeError("Failed to download weights for tag 'openai': no network")
+
+    monkeypatch.setattr(open_clip, "create_model", refuse)
+    fails(capsys, lambda: dark.open_model("ViT-L-14", "openai", flag="--teacher-weights"), "--teacher-weights openai", "--teacher-weights PATH")
