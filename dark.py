@@ -44,7 +44,7 @@ import torch.distributed.nn.functional  # not imported by torch.distributed itse
 import torch.nn as nn
 import torch.nn.functional as F
 from braceexpand import braceexpand
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -117,7 +117,7 @@ ABLATIONS = {
 
 # Without real data or without teacher weights everything is trained from scratch: small models, a larger step.
 DEMONSTRATION = dict(
-    teacher="demo-vit", student="demo-fastvit", epochs=10, teacher_epochs=8, batch=64, lr=1e-3, warmup=50
+    teacher="demo-vit", student="demo-fastvit", epochs=7, teacher_epochs=5, batch=32, lr=1e-3, warmup=50
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -260,84 +260,68 @@ def model_spacing(image, pixel_mm, size):
     return max(image.size) / size * pixel_mm
 
 
+# What the phantom shows: ovals (x, y, half-axis in x, in y, fill, wall) in half-lengths of the head; 0 is no wall.
+SPINE = [(-0.75, 0, 0.06, 0.06, 230, 0), (-0.66, 0.1, 0.06, 0.06, 230, 0), (-0.66, -0.1, 0.06, 0.06, 230, 0)]
+BRAIN = [(0, 0, 0.95, 0.01, 160, 0), (0.5, 0, 0.13, 0.07, 0, 180)]  # midline, cavum septi pellucidi
+CHAMBERS = [(x, y, 0.17, 0.13, 0, 0) for x, y in ((0.3, 0.28), (0.3, -0.06), (-0.1, 0.26), (-0.1, -0.04))]
+ANATOMY = {
+    "trans-thalamic": [*BRAIN, (-0.05, 0.14, 0.24, 0.12, 0, 0), (-0.05, -0.14, 0.24, 0.12, 0, 0)],
+    "trans-cerebellum": [*BRAIN, (-0.55, 0.24, 0.22, 0.24, 100, 230), (-0.55, -0.24, 0.22, 0.24, 100, 230)],
+    "trans-ventricular": [*BRAIN, (-0.3, 0.38, 0.5, 0.16, 0, 210), (-0.35, 0.38, 0.28, 0.09, 230, 0)],
+    "abdomen": [(0, 0, 0.9, 0.85, 75, 150), (-0.1, 0.42, 0.24, 0.17, 0, 0), (0.4, -0.08, 0.35, 0.05, 0, 0), *SPINE],
+    "heart": [(0, 0, 0.95, 0.85, 75, 130), (0.1, 0.1, 0.5, 0.42, 140, 0), *CHAMBERS, *SPINE],
+    "femur": [(0, 0, 1.3, 0.4, 80, 0), (0, 0, 0.6, 0.04, 255, 0)],
+    "cervix": [(0, 0, 1.2, 0.6, 90, 0), (-1.2, 0.3, 0.6, 0.5, 0, 0), (0, 0, 0.75, 0.04, 0, 170)],
+}
+
+
 def phantom(seed, index, width=160, height=120):
     """A synthetic ultrasound, deterministic in (seed, index): an 'L' image, and its view, days, pixel_mm, hc_mm."""
     rng = np.random.default_rng([seed, index])
-    view, days, tilt = rng.choice(list(VIEWS)), int(rng.choice(GA_DAYS)), rng.uniform(0, 2 * math.pi)
+    view, days = str(rng.choice(list(ANATOMY))), int(rng.choice(GA_DAYS))
     hc_mm = float(who_hc(days)) * rng.normal(1, 0.02)
-    ratio, radius = rng.uniform(0.72, 0.84), rng.uniform(0.2, 0.4) * width  # the head's axes; pixels
-    pixel_mm = hc_mm / (2 * math.pi * radius * math.sqrt((1 + ratio**2) / 2))
+    pixel_mm = 0.8 * 160 / width * math.sqrt(hc_mm / 220) * rng.uniform(0.9, 1.1)  # one zooms out for a larger head
+    ratio = rng.uniform(0.72, 0.84)  # of the head's axes
+    radius = hc_mm / pixel_mm / (2 * math.pi * math.sqrt((1 + ratio**2) / 2))  # pixels, the long half-axis
+    tilt, mirror = rng.uniform(-math.pi / 4, math.pi / 4), rng.choice([-1, 1])
     center = np.array([width, height]) / 2 + rng.uniform(-0.08, 0.08, 2) * width
     turn = radius * np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
     angles = np.linspace(0, 2 * math.pi, 40)
-    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    circle = np.stack([np.cos(angles), mirror * np.sin(angles)], 1)
     tissue = Image.new("L", (width, height), int(rng.uniform(25, 60)))
     pen = ImageDraw.Draw(tissue)
 
-    def oval(x, y, rx, ry, fill, wall=0, thick=2):  # in units of the head's long half-axis, as in `line`
-        points = [tuple(p) for p in (circle * (rx, ry) + (x, y)) @ turn + center]
-        pen.polygon(points, fill=int(fill))
+    def oval(x, y, rx, ry, fill, wall=0, thick=2):
+        points = [tuple(p) for p in (circle * (rx, ry) + (x, mirror * y)) @ turn + center]
+        pen.polygon(points, fill=int(fill), outline=int(fill))
         pen.line(points, fill=int(wall or fill), width=thick if wall else 1)
 
-    def line(points, fill, thick=2):
-        pen.line([tuple(p) for p in np.array(points) @ turn + center], fill=int(fill), width=thick, joint="curve")
-
-    clear = rng.uniform(0.4, 1)  # how well the landmark stands out; at 0.4 sub-planes can be confused
-    dark, bright, side = 60 * (1 - clear), 60 + 150 * clear, rng.choice([-1, 1])
-    if view.startswith("trans"):  # skull, midline, and the cavum septi pellucidi that all three planes show
-        oval(0, 0, 1, ratio, 60, rng.uniform(170, 255), 3)
-        line([(-0.95, 0), (0.95, 0)], 130)
-        oval(0.5, 0, 0.13, 0.07, 15, 140, 1)
+    if view.startswith("trans"):
+        oval(0, 0, 1, ratio, 60, rng.uniform(170, 255), 3)  # skull
     for _ in range(rng.integers(0, 4)):  # clutter
         oval(*rng.uniform(-0.6, 0.6, 2), *rng.uniform(0.04, 0.15, 2), rng.uniform(10, 130))
-    if view == "trans-thalamic":
-        for s in (-1, 1):
-            oval(-0.05, 0.14 * s, 0.24, 0.12, dark)
-    elif view == "trans-cerebellum":
-        for s in (-1, 1):
-            oval(-0.6, 0.2 * s, 0.17, 0.19, 85, bright)
-        oval(-0.85, 0, 0.06, 0.14, dark)  # cisterna magna
-    elif view == "trans-ventricular":
-        oval(-0.35, 0.36 * side, 0.38, 0.11, dark, bright, 1)
-        oval(-0.4, 0.36 * side, 0.2, 0.06, bright)  # choroid plexus
-    elif view == "abdomen":
-        oval(0, 0, 0.9, 0.85, 75, 140)
-        oval(-0.1, 0.42 * side, 0.24, 0.17, 5)  # stomach
-        line([(0.75, 0), (0.2, -0.1), (0, -0.3 * side)], 10, 4)  # umbilical vein
-    elif view == "heart":
-        oval(0, 0, 0.95, 0.85, 70, 120)
-        oval(0.1, 0.1, 0.5, 0.42, 120)
-        for x, y in ((0.3, 0.28), (0.3, -0.06), (-0.1, 0.26), (-0.1, -0.04)):  # four chambers
-            oval(x, y, 0.17, 0.13, dark / 2)
-    elif view == "femur":
-        oval(0, 0, 1.3, 0.4, 75)
-        line([(-0.6, 0.05), (0, 0), (0.6, 0.05)], rng.uniform(190, 255), 5)
-    elif view == "cervix":
-        oval(0, 0, 1.2, 0.6, 85)
-        oval(-1.2, 0.3 * side, 0.6, 0.5, 8)  # bladder
-        for fill, thick in ((150, 6), (15, 3)):  # canal
-            line([(-0.7, 0.1 * side), (-0.2, 0), (0.8, 0)], fill, thick)
-    if view in ("abdomen", "heart"):  # spine
-        for x, y in ((-0.75, 0), (-0.66, 0.1), (-0.66, -0.1)):
-            oval(x, y, 0.06, 0.06, 230)
+    contrast = rng.uniform(0.5, 1)  # to the tissue around; where it is low, planes of the brain can be confused
+    for *shape, fill, wall in ANATOMY[view]:
+        oval(*shape, 60 + contrast * (fill - 60), wall and 60 + contrast * (wall - 60))
 
     speckle = rng.rayleigh(0.8, (height, width))
     speckle = (speckle + np.roll(speckle, 1, 1)) / 2  # a resolution cell is wider than deep
-    fade = np.linspace(1.15, rng.uniform(0.4, 0.9), height)[:, None] * rng.uniform(0.8, 1.3)  # attenuation and gain
-    top = rng.uniform(-0.5, -0.1) * height
+    gain = np.linspace(1.15, rng.uniform(0.4, 0.9), height)[:, None] * rng.uniform(0.8, 1.3)  # fades with depth
+    top = rng.uniform(-0.5, -0.1) * height  # of the sector, above the image
     reach, spread = 1.05 * (height - top), rng.uniform(35, 55)
-    sector = Image.new("L", (width, height))
-    box = (width / 2 - reach, top - reach, width / 2 + reach, top + reach)
+    sector, box = Image.new("L", (width, height)), (width / 2 - reach, top - reach, width / 2 + reach, top + reach)
     ImageDraw.Draw(sector).pieslice(box, 90 - spread, 90 + spread, fill=1)
-    echo = np.asarray(tissue.filter(ImageFilter.GaussianBlur(1))) * speckle * fade
-    image = Image.fromarray((np.clip(echo, 0, 255) * np.asarray(sector)).astype(np.uint8))
-    return image, {"view": str(view), "days": days, "pixel_mm": pixel_mm, "hc_mm": hc_mm}
+    echo = np.asarray(tissue.filter(ImageFilter.GaussianBlur(1))) * speckle * gain * np.asarray(sector)
+    image = Image.fromarray(np.clip(echo, 0, 255).astype(np.uint8))
+    return image, {"view": view, "days": days, "pixel_mm": pixel_mm, "hc_mm": hc_mm}
 
 
 def read_phantom(seed, spacing_size, index):
     image, label = phantom(seed, index)
-    spacing = model_spacing(image, label["pixel_mm"], spacing_size)
-    return image, caption(index, VIEWS[label["view"]], label["days"], spacing)
+    view = VIEWS[label["view"]]
+    if index // 9 % 3 == 0:  # not every caption tells the plane of the brain
+        view = view.partition(",")[0]
+    return image, caption(index, view, label["days"], model_spacing(image, label["pixel_mm"], spacing_size))
 
 
 def index_tar(path):
@@ -519,14 +503,29 @@ def decode(image, size):
     return to_8bit(image)
 
 
-def augment(image, rng):
-    """One random view of a square image (paper, 3.6), drawn once: teacher and student then see the same."""
-    angle, (dx, dy) = rng.uniform(-7, 7), rng.uniform(-0.05, 0.05, 2) * image.width  # degrees; pixels
-    brightness, contrast, saturation = rng.uniform(0.85, 1.15, 3)
-    image = image.rotate(angle, Image.Resampling.BILINEAR, translate=(dx, dy))
-    image = ImageEnhance.Brightness(image).enhance(brightness)
-    image = ImageEnhance.Contrast(image).enhance(contrast)
-    return ImageEnhance.Color(image).enhance(saturation) if image.mode == "RGB" else image  # grey has no saturation
+def draw_view(rng):
+    """The random part of the coupled augmentation (paper, 3.6), once per sample and so alike for both models: angle
+    in radians, shift in x and y as shares of the half side, factors of brightness, contrast and saturation."""
+    angle, shift = math.radians(rng.uniform(-7, 7)), 2 * rng.uniform(-0.05, 0.05, 2)
+    return np.array([angle, *shift, *rng.uniform(0.85, 1.15, 3)], np.float32)
+
+
+def augment(images, views):
+    """(n, S, S, 3) uint8 and n draws of `draw_view` (n, 6) -> the images so seen, on their device."""
+    x = images.permute(0, 3, 1, 2).float() / 255  # (n, 3, S, S)
+    angle, dx, dy, brightness, contrast, saturation = (v.view(-1, 1, 1, 1) for v in views.unbind(1))
+    rotation = torch.cat([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).view(-1, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(rotation, x.shape, align_corners=False), align_corners=False)
+    x = (x * brightness).clamp(0, 1)
+    grey = luminance(x).mean((2, 3), keepdim=True)  # (n, 1, 1, 1)
+    x = (grey + contrast * (x - grey)).clamp(0, 1)
+    grey = luminance(x)  # (n, 1, S, S)
+    x = (grey + saturation * (x - grey)).clamp(0, 1)
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def luminance(x):
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -535,14 +534,15 @@ UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 class Pairs(Dataset):
     """Image-caption pairs of all sources. An item is addressed by (epoch, index); its view depends on nothing else.
 
-    `models` see each image at their own size and interpolation, all after one and the same augmentation.
+    Images come at the largest input size of `models`, with the draw of their augmentation; what is left, to augment
+    and to resize for the smaller model, is done for whole batches on the device.
     """
 
     def __init__(self, cfg, models):
         self.sources = [part for source in cfg.data for part in open_source(source, cfg)]
         self.ends = np.cumsum([n for _, n, _ in self.sources])
         self.seed = cfg.seed
-        self.views = [(m.size, m.interpolation) for m in models]
+        self.size, self.interpolation = max((m.size, m.interpolation) for m in models)
         self.tokenizers = [m.tokenizer for m in models]
 
     def __len__(self):
@@ -554,36 +554,41 @@ class Pairs(Dataset):
         name, n, read = self.sources[source]
         return name, read, index - int(self.ends[source]) + n
 
+    def where(self, index):
+        name, _, i = self.locate(index)
+        return f"pair {i} of {name}"
+
     def __getitem__(self, item):
-        """-> ((H, W, 3) uint8 view per model, caption, indices that did not decode)."""
+        """-> (S, S, 3) uint8 image, (6,) view, caption, indices that did not decode."""
         epoch, index = item
-        work_size, interpolation = max(self.views)
         bad = []
         while True:
             _, read, i = self.locate((index + len(bad)) % len(self))
             try:
                 image, text = read(i)
-                image = square(decode(image, work_size), work_size, interpolation)
+                image = square(decode(image, self.size), self.size, self.interpolation)
                 break
             except UNDECODABLE:
                 bad.append((index + len(bad)) % len(self))
                 if len(bad) > len(self) // 100:  # the training loop stops at this many
-                    image, text = Image.new("L", (work_size, work_size)), ""
+                    image, text = Image.new("L", (self.size, self.size)), ""
                     break
-        image = augment(image, np.random.default_rng([self.seed, epoch, index]))
-        views = [square(image, size, interpolation).convert("RGB") for size, interpolation in self.views]
-        return [torch.from_numpy(np.array(view)) for view in views], text, bad
-
-    def where(self, index):
-        name, _, i = self.locate(index)
-        return f"pair {i} of {name}"
+        view = draw_view(np.random.default_rng([self.seed, epoch, index]))
+        return torch.from_numpy(np.array(image.convert("RGB"))), torch.from_numpy(view), text, bad
 
     def collate(self, items):
-        """-> per model (n, H, W, 3) uint8 pixels and (n, context) tokens; share of repeated captions; bad indices."""
-        views, texts, bad = zip(*items)
-        tokens = [tokenizer(list(texts)) for tokenizer in self.tokenizers]
+        """-> (n, S, S, 3) images, (n, 6) views, (n, context) tokens per model, share of repeated captions, bad."""
+        images, views, texts, bad = zip(*items)
+        tokens = [self.tokenizers[0](list(texts))]
+        for tokenizer in self.tokenizers[1:]:  # CLIP's own, which is slow, is often the teacher's and the student's
+            tokens.append(tokens[0] if same_tokenizer(tokenizer, self.tokenizers[0]) else tokenizer(list(texts)))
         repeated = 1 - len(set(texts)) / len(texts)
-        return [torch.stack(v) for v in zip(*views)], tokens, repeated, sorted({i for b in bad for i in b})
+        return torch.stack(images), torch.stack(views), tokens, repeated, sorted({i for b in bad for i in b})
+
+
+def same_tokenizer(a, b):
+    clip = open_clip.SimpleTokenizer
+    return type(a) is type(b) is clip and (a.context_length, a.clean_fn, a.reduction_fn) == (b.context_length, b.clean_fn, b.reduction_fn)
 
 
 def batches(n, batch, steps, seed, rank=0, world=1):
@@ -618,9 +623,12 @@ class Model:
     interpolation: str  # bicubic or bilinear
 
     def pixels(self, images):
-        """(n, H, W, 3) uint8 on any device -> (n, 3, H, W) float, normalised, channels last in memory."""
-        mean, std = constant(self.mean, images.device), constant(self.std, images.device)
-        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised, channels last."""
+        x = images.permute(0, 3, 1, 2).float() / 255
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
+        mean, std = (constant(v, x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
 
 
 @functools.lru_cache
@@ -644,13 +652,11 @@ def fastvit_demo(num_classes, global_pool="avg", **_):
 DEMO_MODELS = {
     "demo-vit": dict(
         embed_dim=128,
-        init_logit_scale=float(os.environ.get("DS", math.log(1/0.07))),
         vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8),
-        text_cfg=dict(context_length=40, width=128, heads=4, layers=2),
+        text_cfg=dict(context_length=40, width=64, heads=2, layers=2),
     ),
     "demo-fastvit": dict(
         embed_dim=64,
-        init_logit_scale=float(os.environ.get("DS", math.log(1/0.07))),
         vision_cfg=dict(timm_model_name="fastvit_demo", timm_pool="avg", timm_proj=None, image_size=64),
         text_cfg=dict(context_length=40, width=64, heads=2, layers=2),
     ),
@@ -684,10 +690,15 @@ def open_model(name, weights="", context_length=0, mean="", std="", flag="--weig
         logging.disable(logging.ERROR)  # open_clip warns of random weights, which may well be wanted
         try:
             tag = weights if weights and not is_file else None
-            clip = open_clip.create_model(name, pretrained=tag, force_context_length=context_length or None)
+            clip = open_clip.create_model(
+                name,
+                pretrained=tag,
+                force_context_length=context_length or None,
+                require_pretrained=bool(tag) or (schema and not is_file),  # else a failed download is random weights
+            )
             tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
         except (RuntimeError, OSError, ValueError) as error:
-            fail(f"{flag} {weights or name}: could not be had ({one_line(error)}); {flag} PATH takes a local file")
+            fail(f"{flag} {weights or name}: could not be loaded; {flag} PATH takes a local file ({one_line(error)})")
         finally:
             logging.disable(logging.NOTSET)
         preprocess = dict(clip.visual.preprocess_cfg)
@@ -842,7 +853,7 @@ class Towers(nn.Module):
 
 def embedding_size(model):
     with torch.no_grad():
-        return model.clip.encode_text(model.tokenizer(["fetus"])).shape[1]
+        return model.clip.encode_text(model.tokenizer(["fetus"]).to(model.clip.logit_scale.device)).shape[1]
 
 
 def batch_loss(cfg, beta, embeddings, scale, targets, t_scale):
@@ -920,6 +931,35 @@ def make_optimizer(cfg, net):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
 
 
+def restore(path, total, towers, optimizer):
+    """Loads the checkpoint at `path`, if there is one -> the step to go on with, the indices that did not decode."""
+    if not path.exists():
+        return 0, set()
+    checkpoint = load_checkpoint(path)
+    if checkpoint["steps"] != total:
+        fail(f"--resume: {path} is of a run of {checkpoint['steps']} steps, the data now gives {total}")
+    towers.clip.load_state_dict(checkpoint["state_dict"])
+    towers.projections.load_state_dict(checkpoint["projections"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"], set(checkpoint["bad"])
+
+
+def rewind_log(log_path, start):
+    """Drops the lines of steps that will be done again, and half a line that a kill may have left."""
+    lines = log_path.read_text().splitlines(keepends=True) if start and log_path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+    write_atomically(log_path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def everyones(indices):
+    """The union of a set of indices over the processes."""
+    if not dist.is_initialized():
+        return indices
+    sets = [None] * dist.get_world_size()
+    dist.all_gather_object(sets, indices)
+    return set().union(*sets)
+
+
 def train(cfg, device, student, teacher, data, path, log_path):
     """Trains `student` on `data`, against `teacher` or, where that is None, with the CLIP loss alone.
 
@@ -935,42 +975,31 @@ def train(cfg, device, student, teacher, data, path, log_path):
     towers.to(device, memory_format=torch.channels_last).train()
     clamp_scale(student.clip)
     optimizer = make_optimizer(cfg, towers)
-    start, bad = 0, set()
-    if path.exists():
-        checkpoint = load_checkpoint(path)
-        if checkpoint["steps"] != total:
-            fail(f"--resume: {path} is of a run of {checkpoint['steps']} steps, the data now gives {total}")
-        start, bad = checkpoint["step"], set(checkpoint["bad"])
-        student.clip.load_state_dict(checkpoint["state_dict"])
-        towers.projections.load_state_dict(checkpoint["projections"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-
-    def save(step):
-        if rank() == 0:
-            projections, state = towers.projections.state_dict(), optimizer.state_dict()
-            more = {"steps": total, "bad": sorted(bad), "projections": projections, "optimizer": state}
-            save_checkpoint(path, student, step, step * cfg.batch / n, cfg, **more)
-
-    if rank() == 0:  # lines past the checkpoint belong to steps that will be done again
-        lines = log_path.read_text().splitlines(keepends=True) if start else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
-        write_atomically(log_path, lambda temporary: temporary.write_text("".join(kept)))
+    start, bad = restore(path, total, towers, optimizer)
     if start == total:
         say(f"{path}: trained already, all {total} steps")
         return
+
+    def save(step):
+        projections, state = towers.projections.state_dict(), optimizer.state_dict()
+        more = {"steps": total, "bad": sorted(bad), "projections": projections, "optimizer": state}
+        save_checkpoint(path, student, step, step * cfg.batch / n, cfg, **more)
+
     barrier()  # all processes have looked for the checkpoint
-    if start == 0:
-        save(0)  # a kill in the first epoch can be resumed too
+    if rank() == 0:
+        if start == 0:
+            save(0)  # so that a kill in the first epoch can be resumed too
+        rewind_log(log_path, start)
     net = DistributedDataParallel(towers) if world > 1 else towers
-    workers = cfg.workers if cfg.workers >= 0 else default_workers(world)
     order = batches(n, cfg.batch, (start, total), cfg.seed, rank(), world)
-    loader = iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=device.type == "cuda"))
+    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(world), device.type == "cuda"
+    loader = iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin))
     bar = tqdm(total=total, initial=start, desc=path.stem, unit="step", disable=rank() != 0, dynamic_ncols=True)
     since, waited, steps = time.perf_counter(), 0.0, 0
 
     for step in range(start, total):
         waiting = time.perf_counter()
-        images, tokens, repeated, unreadable = next(loader)
+        images, views, tokens, repeated, unreadable = next(loader)
         waited, steps = waited + time.perf_counter() - waiting, steps + 1
         bad.update(unreadable)
         if len(bad) > n // 100:
@@ -979,13 +1008,14 @@ def train(cfg, device, student, teacher, data, path, log_path):
         lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, tokens = ([x.to(device, non_blocking=True) for x in part] for part in (images, tokens))
-        targets = embed(t_towers, images[1], tokens[1], chunk) if teacher else None
+        images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
+        images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
+        targets = embed(t_towers, images, tokens[1], chunk) if teacher else None
         t_scale = teacher.clip.logit_scale.exp() if teacher else None
-        seeds = [step_seed(cfg.seed, step, rank(), k) for k in range(-(-share // chunk))]
+        seeds = [step_seed(cfg.seed, step, rank(), k) for k in range(share // chunk)]
         objective = partial(batch_loss, cfg, beta, targets=targets, t_scale=t_scale)
         optimizer.zero_grad(set_to_none=True)
-        loss, parts = forward_backward(net, images[0], tokens[0], chunk, seeds, objective)
+        loss, parts = forward_backward(net, images, tokens[0], chunk, seeds, objective)
         grad_norm = nn.utils.clip_grad_norm_(towers.parameters(), cfg.clip_norm)
         optimizer.step()
         clamp_scale(student.clip)
@@ -997,27 +1027,24 @@ def train(cfg, device, student, teacher, data, path, log_path):
             continue
         # Only here does the host wait for the device.
         figures = {"loss": loss, **parts, "logit_scale": student.clip.logit_scale.exp(), "grad_norm": grad_norm}
-        figures = {k: v.item() for k, v in figures.items()}
+        figures = {name: value.item() for name, value in figures.items()}
         if not all(map(math.isfinite, figures.values())):
-            stop(f"not finite at step {step}: " + ", ".join(f"{k} {v:g}" for k, v in figures.items()))
-        if world > 1:
-            everyones = [None] * world
-            dist.all_gather_object(everyones, bad)
-            bad = set().union(*everyones)
+            stop(f"not finite by step {step}: " + ", ".join(f"{name} {value:g}" for name, value in figures.items()))
+        bad = everyones(bad)
         now = time.perf_counter()
-        record = {"step": step, "epoch": step * cfg.batch / n, "diag": None, "off": None, **figures, "beta": beta, "lr": lr}
-        record |= {"img_s": steps * cfg.batch / (now - since), "data_wait": waited / (now - since)}
-        record |= {"repeated_captions": repeated, "bad": len(bad)}
+        speed = {"img_s": steps * cfg.batch / (now - since), "data_wait": waited / (now - since)}
         since, waited, steps = now, 0.0, 0
-        bar.set_postfix_str(f"loss {record['loss']:.3f} beta {beta:+.2f} {record['img_s']:.0f} img/s wait {record['data_wait']:.0%}")
+        record = {"step": step, "epoch": step * cfg.batch / n, "diag": None, "off": None, **figures, "beta": beta, "lr": lr}
+        record |= {**speed, "repeated_captions": repeated, "bad": len(bad)}
+        bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record))
         if rank() == 0:
             with open(log_path, "a") as log:
                 log.write(json.dumps(record) + "\n")
-        if epoch_ends:
+        if epoch_ends and rank() == 0:
             save(done)
             terms = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "clip", "diag", "off") if record[k] is not None)
-            say(f"epoch {done * cfg.batch / n:.2f}/{cfg.epochs}  step {done}/{total}  {terms}  beta {beta:+.3f}  "
-                f"scale {record['logit_scale']:.1f}  lr {lr:.1e}  {record['img_s']:.0f} img/s")
+            rest = "beta {beta:+.3f}  scale {logit_scale:.1f}  lr {lr:.1e}  {img_s:.0f} img/s".format(**record)
+            say(f"epoch {done * cfg.batch / n:.2f}/{cfg.epochs}  step {done}/{total}  {terms}  {rest}")
     bar.close()
     if bad:
         say(f"{len(bad)} of {n} pairs did not decode; their neighbours stood in; the first is {data.where(min(bad))}")
@@ -1102,6 +1129,8 @@ def check(cfg):
             fail(f"{flag} {value}: must be 0 or more")
     if not 0 <= cfg.smooth < 1:
         fail(f"--smooth {cfg.smooth}: must be at least 0 and less than 1")
+    if cfg.seed >= 2**32:
+        fail(f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond")
     if cfg.batch < 2:
         fail(f"--batch {cfg.batch}: must be at least 2, a single pair has nothing to contrast with")
     if cfg.workers < -1:
@@ -1125,37 +1154,29 @@ def check(cfg):
 RUN_FIELDS = ("ablation", "out", "workers", "device", "log_every", "resume", "overwrite")
 
 
-def claim(path, log_path, cfg, reuse=False):
-    """Decides what becomes of a run found at `path`: go on (--resume), discard (--overwrite), or stop.
+def claim(path, cfg, reuse=False):
+    """Decides about a run found at `path`: --overwrite discards it, --resume goes on with it, else it is an error.
 
     reuse: a finished run of the same configuration may stay without being asked for.
     """
-    if not path.exists() and not log_path.exists():
-        return
     if cfg.overwrite and not reuse:
         path.unlink(missing_ok=True)
-        log_path.unlink(missing_ok=True)
-        return
-    if not path.exists():  # killed before its first checkpoint
-        if not cfg.resume:
-            fail(f"--out {cfg.out} holds {log_path.name} of another run: --overwrite discards it")
+    if not path.exists():
         return
     checkpoint = load_checkpoint(path)
-    settings = dataclasses.asdict(cfg)
-    changed = [k for k in settings if k not in RUN_FIELDS and settings[k] != checkpoint["config"].get(k)]
+    before, now = checkpoint["config"], dataclasses.asdict(cfg)
+    changed = [k for k in now if k not in RUN_FIELDS and now[k] != before.get(k)]
     finished = checkpoint["step"] == checkpoint["steps"]
     if reuse and finished and not changed:
         return
     if cfg.overwrite:
         path.unlink()
-        log_path.unlink(missing_ok=True)
-        return
-    if not cfg.resume:
+    elif not cfg.resume:
         state = "a finished run" if finished else f"a run at step {checkpoint['step']} of {checkpoint['steps']}"
         fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite discards it")
-    if changed:
+    elif changed:
         k = changed[0]
-        fail(f"--resume: --{k.replace('_', '-')} was {checkpoint['config'].get(k)!r} in {path}, is now {settings[k]!r}")
+        fail(f"--resume: --{k.replace('_', '-')} was {before.get(k)!r} in {path}, is now {now[k]!r}")
 
 
 def teacher_config(cfg):
@@ -1218,9 +1239,9 @@ def main(argv=None):
     t_cfg, t_path, t_log = teacher_config(cfg), out / "teacher.pt", out / "teacher_log.jsonl"
     trains_teacher = bool(teacher) and not cfg.teacher_weights and ":" not in cfg.teacher
     if rank() == 0:
-        claim(out / "student.pt", out / "log.jsonl", cfg)
+        claim(out / "student.pt", cfg)
         if trains_teacher:
-            claim(t_path, t_log, t_cfg, reuse=True)
+            claim(t_path, t_cfg, reuse=True)
         out.mkdir(parents=True, exist_ok=True)
     barrier()
     introduce(cfg, real, trains_teacher, {"student": student, **({"teacher": teacher} if teacher else {})})

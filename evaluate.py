@@ -8,8 +8,6 @@ Prints Table 1's columns and writes results.json beside the checkpoint. A task w
 """
 
 import argparse
-import contextlib
-import csv
 import json
 import math
 import re
@@ -195,47 +193,17 @@ def embed_images(model, rows, args):
     return torch.cat(features).cpu()
 
 
-@contextlib.contextmanager
-def shorter_context(clip, length):
-    """Lets a causal text tower take `length` tokens instead of its full context."""
-    tower = getattr(clip, "text", clip)
-    positions, mask = tower.positional_embedding.data, tower.attn_mask
-    tower.positional_embedding.data, tower.attn_mask = positions[:length], mask[:length, :length]
-    try:
-        yield
-    finally:
-        tower.positional_embedding.data, tower.attn_mask = positions, mask
-
-
-def ignores_padding(clip):
-    """Whether the embedding depends on the tokens up to the end-of-text token only: causal, and read out there."""
-    tower = getattr(clip, "text", clip)
-    causal = isinstance(getattr(tower, "attn_mask", None), torch.Tensor) and getattr(tower, "cls_emb", None) is None
-    return causal and getattr(tower, "pool_type", getattr(tower, "text_pool_type", None)) == "argmax"
+@torch.no_grad()
+def embed_texts(clip, tokenizer, texts, batch=256):
+    """n strings -> (n, D) unit-norm fp32 features on the model's device."""
+    return torch.cat([embed_tokens(clip, tokens) for tokens in tokenizer(texts).split(batch)])
 
 
 @torch.no_grad()
-def embed_texts(clip, tokenizer, texts, batch=256, whole=False):
-    """n strings -> (n, D) unit-norm fp32 features on the model's device; whole=True: a text too long is an error."""
+def embed_tokens(clip, tokens):
     device = clip.logit_scale.device
-    context = tokenizer.context_length
-    tokens = tokenizer(texts, context_length=context + 1)  # one more than fits shows what would be cut
-    longer = tokens[:, context] != tokenizer([""], context_length=context + 1)[0, -1]
-    if whole and longer.any():
-        fail(f"the prompt {texts[int(longer.int().argmax())]!r} is longer than the context of {context} tokens")
-    if longer.any():
-        tokens = tokenizer(texts)
-    tokens = tokens[:, :context].to(device)
-    # The end-of-text token has the largest id; sorted by its place, a batch needs no more columns than its longest.
-    lengths = tokens.argmax(1) + 1 if ignores_padding(clip) else torch.full((len(texts),), context, device=device)
-    order = lengths.argsort()
-    parts = []
-    for chunk in order.split(batch):
-        length = int(lengths[chunk[-1]])
-        short = shorter_context(clip, length) if length < context else contextlib.nullcontext()
-        with short, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            parts.append(F.normalize(clip.encode_text(tokens[chunk, :length]).float(), dim=-1))
-    return torch.cat(parts)[order.argsort()]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return F.normalize(clip.encode_text(tokens.to(device)).float(), dim=-1)
 
 
 def class_embeddings(model, prompts):
@@ -244,6 +212,74 @@ def class_embeddings(model, prompts):
     return F.normalize(torch.stack(means), dim=-1)
 
 
+def grid_tokens(tokenizer, template, spacings):
+    """The tokens of a template at every age and spacing -> (175, S, context). A prompt that is too long is an error.
+
+    Tokenisers are slow. So every age is tokenised at the first spacing, every spacing at the first age, and the rest
+    is put together from those, provided that age and spacing stand in different places and change no lengths.
+    """
+    context = tokenizer.context_length + 1  # one more than fits shows what would be cut
+
+    def prompt(days, spacing):
+        values = dict(zip(GA_FIELDS, (str(days // 7), str(days % 7), spacing)))
+        return re.sub("|".join(map(re.escape, GA_FIELDS)), lambda field: values[field[0]], template)
+
+    ages = tokenizer([prompt(days, spacings[0]) for days in dark.GA_DAYS], context_length=context)  # (175, context)
+    steps = tokenizer([prompt(dark.GA_DAYS[0], spacing) for spacing in spacings], context_length=context)  # (S, context)
+    padding = tokenizer([""], context_length=context)[0, -1]
+    by_age, by_spacing = (ages != ages[0]).any(0), (steps != steps[0]).any(0)
+    lengths = (torch.cat([ages, steps]) != padding).sum(1)
+    if (by_age & by_spacing).any() or (lengths != lengths[0]).any():
+        texts = [prompt(days, spacing) for days in dark.GA_DAYS for spacing in spacings]
+        grid = tokenizer(texts, context_length=context).view(len(ages), len(steps), context)
+    else:
+        grid = torch.where(by_spacing, steps[None], ages[:, None])
+    if (grid[..., -1] != padding).any():
+        text = prompt(dark.GA_DAYS[0], spacings[0])
+        fail(f"the age prompt {text!r} is longer than the context of {context - 1} tokens: its end would be cut off")
+    return grid[..., :-1]
+
+
+def reads_up_to_the_end(clip):
+    """Whether a text's embedding depends on its tokens up to end-of-text alone: causal, and read out there."""
+    tower = getattr(clip, "text", clip)
+    causal = isinstance(getattr(tower, "attn_mask", None), torch.Tensor) and getattr(tower, "cls_emb", None) is None
+    return causal and getattr(tower, "pool_type", getattr(tower, "text_pool_type", None)) == "argmax"
+
+
+@torch.no_grad()
+def embed_grid(clip, tokens):
+    """Texts that differ in their last tokens, (A, S, context) -> their embeddings (A, S, D), unit norm.
+
+    In a causal tower the S texts of a row share all that comes before their first difference. So a row becomes one
+    sequence, its common prefix and then the S rests without padding, and a mask hides the rests from each other.
+    """
+    if not reads_up_to_the_end(clip):
+        flat = tokens.flatten(0, 1)
+        return torch.cat([embed_tokens(clip, part) for part in flat.split(256)]).unflatten(0, tokens.shape[:2])
+    tower, device = getattr(clip, "text", clip), clip.logit_scale.device
+    ends = tokens.argmax(2)  # (A, S); the end-of-text token has the largest id
+    n, length = tokens.shape[1], int(ends.max()) + 1
+    prefix = int((tokens == tokens[:, :1]).all(1).all(0).int().cumprod(0).sum())
+    prefix = min(prefix, int(ends.min()))
+    rest = length - prefix
+    ids = torch.cat([tokens[:, 0, :prefix], tokens[:, :, prefix:length].flatten(1)], 1).to(device)  # (A, L)
+    place = torch.cat([torch.arange(prefix), torch.arange(prefix, length).repeat(n)])  # (L,) in the text
+    owner = torch.cat([torch.full((prefix,), -1), torch.arange(n).repeat_interleave(rest)])  # (L,) which text
+    seen = (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))  # (L, L): rows look at columns
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        x = tower.token_embedding(ids) + tower.positional_embedding[place.to(device)]  # (A, L, width)
+        x = tower.transformer(x, attn_mask=mask)
+        read = (prefix + torch.arange(n) * rest + ends - prefix).to(device)  # (A, S)
+        x = tower.ln_final(x.gather(1, read[..., None].expand(-1, -1, x.shape[-1])))  # (A, S, width)
+        if tower.text_projection is not None:
+            linear = isinstance(tower.text_projection, torch.nn.Linear)
+            x = tower.text_projection(x) if linear else x @ tower.text_projection  # (A, S, D)
+    return F.normalize(x.float(), dim=-1)
+
+
+@torch.no_grad()
 def ga_similarity(model, tokenizer, images, pixel_mm, templates):
     """Similarity of images to every age from 14w0d to 38w6d, averaged over the templates -> (n, 175), fp32, CPU.
 
@@ -255,21 +291,25 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
     Two decimals leave few distinct spacings, so each prompt is encoded once and not once an image.
     """
     device = model.logit_scale.device
+    stated = [f"{float(mm):.2f}" for mm in pixel_mm]
+    spacings = sorted(set(stated))
+    grids = [[grid_tokens(tokenizer, t, spacings[i : i + 32]) for i in range(0, len(spacings), 32)] for t in templates]
     if images.ndim == 4:
-        with torch.no_grad():
-            images = torch.cat([model.encode_image(part.to(device)).float() for part in images.split(64)])
+        images = torch.cat([model.encode_image(part.to(device)).float() for part in images.split(64)])
     images = F.normalize(images.float(), dim=-1).to(device)
-    spacings = [f"{float(mm):.2f}" for mm in pixel_mm]
-    similarity = torch.empty(len(images), len(dark.GA_DAYS))
-    for spacing in tqdm(sorted(set(spacings)), desc="age prompts", unit="spacing", leave=False):
-        texts = []
-        for days in dark.GA_DAYS:
-            values = dict(zip(GA_FIELDS, (str(days // 7), str(days % 7), spacing)))
-            texts += [re.sub(r"\{\w+\}", lambda field: values.get(field[0], field[0]), t) for t in templates]
-        ages = embed_texts(model, tokenizer, texts, whole=True).unflatten(0, (-1, len(templates))).mean(1)  # (175, D)
-        rows = torch.tensor([i for i, s in enumerate(spacings) if s == spacing])
-        similarity[rows] = (images[rows.to(device)] @ ages.T).cpu()  # (m, 175): rows images, columns days
-    return similarity
+    prompts = len(dark.GA_DAYS) * len(templates) * len(spacings)
+    with tqdm(total=prompts, desc="age prompts", unit="prompt", leave=False) as bar:
+        templates_ages = []
+        for grid in grids:
+            ages = []
+            for tokens in grid:
+                rows = max(1, 4096 // tokens[0].numel())
+                ages.append(torch.cat([embed_grid(model, part) for part in tokens.split(rows)]))
+                bar.update(len(tokens) * tokens.shape[1])
+            templates_ages.append(torch.cat(ages, 1))  # (175, spacings, D)
+    ages = torch.stack(templates_ages).mean(0)
+    mine = torch.tensor([spacings.index(s) for s in stated], device=device)
+    return torch.einsum("nd,and->na", images, ages[:, mine]).cpu()  # (n, 175): rows images, columns days
 
 
 # ---------------------------------------------------------------- the tasks
@@ -291,6 +331,14 @@ def phantom_tables():
     return planes, heads
 
 
+def longest_side(path):
+    try:
+        with Image.open(path) as image:
+            return max(image.size)
+    except dark.UNDECODABLE:
+        fail(f"{path}: does not decode")
+
+
 def heads_task(model, rows, templates, args, result, drawings):
     """HC18 validity, its bootstrap interval, and the rank correlation of predicted age and true HC."""
     size = args.spacing_size or model.size
@@ -302,13 +350,14 @@ def heads_task(model, rows, templates, args, result, drawings):
         fail("--hc18: no image has a head circumference within 100 to 342 mm")
     draws = np.random.default_rng(0).binomial(score["n"], score["rate"], 10_000) / score["n"]  # a bootstrap of 0s and 1s
     counted = score["counted"]
-    rho = float(stats.spearmanr(score["days"][counted], hc_mm[counted]).statistic)
+    ages, sizes = score["days"][counted], hc_mm[counted]
+    defined = len(set(ages.tolist())) > 1 and len(set(sizes.tolist())) > 1  # not when one age is predicted for all
     result |= {
         "hc18_validity": 100 * score["rate"],
         "hc18_n": score["n"],
         "hc18_valid": score["valid"],
         "hc18_interval": [float(100 * v) for v in np.percentile(draws, (2.5, 97.5))],
-        "hc18_spearman": rho if math.isfinite(rho) else None,  # undefined when one age is predicted for all
+        "hc18_spearman": float(stats.spearmanr(ages, sizes).statistic) if defined else None,
     }
     drawings["heads"] = (score, hc_mm)
 
@@ -587,8 +636,7 @@ def main(argv=None):
     if args.hc18:
         heads = dark.hc18_table(args.hc18, f"--hc18 {args.hc18}")
         for row in heads:
-            with Image.open(row["image"]) as image:
-                row["longest"] = max(image.size)
+            row["longest"] = longest_side(row["image"])
     needed = [*PROMPTS["planes"], *PROMPTS["brain"]] * bool(planes) + ["ga"] * bool(heads)
     prompts = PROMPTS
     if args.prompts:
