@@ -12,6 +12,10 @@ Method: Diagonal-Anchored Repulsive Knowledge Distillation, arXiv 2603.05421 (al
     torchrun --nproc_per_node 4 dark.py ...                              # the same on four GPUs, --batch is global
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave the cores to the loader
+
 import argparse
 import csv
 import dataclasses
@@ -23,7 +27,6 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import re
 import struct
@@ -117,7 +120,7 @@ ABLATIONS = {
 
 # Without real data or without teacher weights everything is trained from scratch: small models, a larger step.
 DEMONSTRATION = dict(
-    teacher="demo-vit", student="demo-fastvit", epochs=7, teacher_epochs=5, batch=32, lr=1e-3, warmup=50
+    teacher="demo-vit", student="demo-fastvit", epochs=6, teacher_epochs=4, batch=32, lr=1e-3, warmup=50
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -220,15 +223,11 @@ VIEWS = {
     "heart": "fetal heart",
     "cervix": "maternal cervix",
 }
-CAPTIONS = (
-    "Ultrasound of the {view}{details}.",
-    "Prenatal ultrasound image showing the {view}{details}.",
-    "{view} on ultrasound{details}.",
-)
-AGE_AND_SPACING = (
-    ", {weeks} weeks and {day} days, {spacing:.2f} mm per pixel",
-    " at {weeks} weeks and {day} days with a pixel spacing of {spacing:.2f} mm",
-    ", gestational age {weeks} weeks {day} days, pixel spacing {spacing:.2f} mm/pixel",
+CAPTIONS = ("Ultrasound of the {view}", "Prenatal ultrasound image showing the {view}", "{view} on ultrasound")
+DETAILS = (
+    "{caption}, {weeks} weeks and {day} days, {spacing:.2f} mm per pixel.",
+    "{caption} at {weeks} weeks and {day} days with a pixel spacing of {spacing:.2f} mm.",
+    "{weeks} weeks and {day} days, {spacing:.2f} mm per pixel: {caption}.",
 )
 GA_DAYS = np.arange(14 * 7, 38 * 7 + 6 + 1)  # 14w0d to 38w6d
 WHO_HC50 = (2.09924879247164, 0.253373656106037, -0.00605647816678282, 0.0000514256072059917)
@@ -248,11 +247,10 @@ def age_of(hc_mm):
 
 def caption(index, view, days=None, spacing=None):
     """A sentence on `view`, with age (days) and spacing (mm per pixel) where known; the phrasing follows `index`."""
-    details = ""
-    if days is not None:
-        weeks, day = divmod(int(days), 7)
-        details = AGE_AND_SPACING[index // 3 % 3].format(weeks=weeks, day=day, spacing=spacing)
-    return CAPTIONS[index % 3].format(view=view, details=details)
+    text = CAPTIONS[index % 3].format(view=view)
+    if days is None:
+        return text + "."
+    return DETAILS[index // 3 % 3].format(caption=text, weeks=days // 7, day=days % 7, spacing=spacing)
 
 
 def model_spacing(image, pixel_mm, size):
@@ -280,9 +278,8 @@ def phantom(seed, index, width=160, height=120):
     rng = np.random.default_rng([seed, index])
     view, days = str(rng.choice(list(ANATOMY))), int(rng.choice(GA_DAYS))
     hc_mm = float(who_hc(days)) * rng.normal(1, 0.02)
-    pixel_mm = 0.8 * 160 / width * math.sqrt(hc_mm / 220) * rng.uniform(0.9, 1.1)  # one zooms out for a larger head
-    ratio = rng.uniform(0.72, 0.84)  # of the head's axes
-    radius = hc_mm / pixel_mm / (2 * math.pi * math.sqrt((1 + ratio**2) / 2))  # pixels, the long half-axis
+    ratio, radius = rng.uniform(0.72, 0.84), rng.uniform(0.2, 0.4) * width  # of the head's half-axes; pixels
+    pixel_mm = hc_mm / (2 * math.pi * radius * math.sqrt((1 + ratio**2) / 2))  # so size alone does not tell the age
     tilt, mirror = rng.uniform(-math.pi / 4, math.pi / 4), rng.choice([-1, 1])
     center = np.array([width, height]) / 2 + rng.uniform(-0.08, 0.08, 2) * width
     turn = radius * np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
@@ -319,7 +316,7 @@ def phantom(seed, index, width=160, height=120):
 def read_phantom(seed, spacing_size, index):
     image, label = phantom(seed, index)
     view = VIEWS[label["view"]]
-    if index // 9 % 3 == 0:  # not every caption tells the plane of the brain
+    if index // 9 % 4 == 0:  # not every caption tells the plane of the brain
         view = view.partition(",")[0]
     return image, caption(index, view, label["days"], model_spacing(image, label["pixel_mm"], spacing_size))
 

@@ -7,7 +7,6 @@
 Prints Table 1's columns and writes results.json beside the checkpoint. A task without data is absent, never zero.
 """
 
-import argparse
 import json
 import math
 import re
@@ -51,9 +50,9 @@ PROMPTS = {task: {c: [p.format(w) for p in PHRASINGS] for c, w in words.items()}
 PROMPTS["ga"] = [
     "Ultrasound of the fetal brain, {weeks} weeks and {day} days, {pixel_spacing} mm per pixel.",
     "Prenatal ultrasound image showing the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
-    "Fetal brain on ultrasound, gestational age {weeks} weeks {day} days, pixel spacing {pixel_spacing} mm/pixel.",
-    "Ultrasound of the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
     "Fetal brain on ultrasound, {weeks} weeks and {day} days, {pixel_spacing} mm per pixel.",
+    "Ultrasound of the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
+    "{weeks} weeks and {day} days, {pixel_spacing} mm per pixel: fetal brain on ultrasound.",
 ]
 GA_FIELDS = ("{weeks}", "{day}", "{pixel_spacing}")
 PLANE_CLASS = {  # FETAL_PLANES_DB's `Plane` -> class; `Other` has none

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -24,6 +25,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import timm
@@ -39,11 +41,11 @@ import evaluate
 from dark import fail
 
 log = logging.getLogger("coremltools")
-log.setLevel(logging.ERROR)  # its import warns of every untested version, and on Linux of the missing Core ML framework
-import coremltools as ct  # noqa: E402
-from coremltools.models.compute_device import MLNeuralEngineComputeDevice  # noqa: E402
-from coremltools.models.compute_plan import MLComputePlan  # noqa: E402
-from coremltools.models.ml_program.experimental import perf_utils, remote_device  # noqa: E402
+log.setLevel(logging.ERROR)  # importing it warns of untested versions and, on Linux, of the missing Core ML framework
+import coremltools as ct
+from coremltools.models.compute_device import MLNeuralEngineComputeDevice
+from coremltools.models.compute_plan import MLComputePlan
+from coremltools.models.ml_program.experimental import perf_utils, remote_device
 
 log.setLevel(logging.NOTSET)
 
@@ -55,65 +57,68 @@ CHECKPOINT, PAPER, RANDOM = Path("out/student.pt"), "MobileCLIP2-S0", "Random we
 def parse_args(argv=None):
     parser = dark.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("checkpoint", nargs="?", help=f"of dark.py [{CHECKPOINT}; if there is none, {PAPER} with random weights]")
-    add("--out", type=Path, default=Path("out/MobileFetalCLIP.mlpackage"), help="package to write [%(default)s]")
-    add("--precision", choices=("fp16", "fp32"), default="fp16", help="of weights and activations [%(default)s]")
-    add("--labels", default="", help="adds probabilities: planes, brain, or a JSON FILE with class -> [prompts]")
-    add("--runs", type=int, default=200, help="timed runs per latency [%(default)s]")
+    add("checkpoint", nargs="?", help=f"of dark.py; default {CHECKPOINT}, else {PAPER} with random weights, for timing")
+    add("--out", type=Path, default=Path("out/MobileFetalCLIP.mlpackage"), help="package to write; default %(default)s")
+    add("--precision", choices=("fp16", "fp32"), default="fp16", help="of weights and activations; default %(default)s")
+    add("--labels", metavar="planes|brain|FILE", default="", help="adds probabilities; FILE: JSON class -> [prompts]")
+    add("--runs", type=int, default=200, help="timed runs per latency; default %(default)s")
+    add("--model", metavar="NAME", default="", help="any open_clip model, instead of a checkpoint")
+    add("--weights", metavar="FILE|TAG", default="", help="weights of --model; without them random, for timing")
+    add("--context-length", type=int, default=0, help="tokens of --model; 0: its own")
+    add("--mean", default="", help="R,G,B of --model; default: what open_clip lists")
+    add("--std", default="", help="R,G,B of --model; default: what open_clip lists")
     add("--iphone", action="store_true", help="time it on the connected iPhone too (macOS with Xcode)")
-    add("--team", default="", help="with --iphone: your Apple development team ID")
-    add("--bundle", default="", help="with --iphone: bundle identifier for the benchmark app, such as org.example.bench")
-    add("--model", default="", help="an open_clip model instead of a checkpoint")
-    add("--weights", default="", help="with --model: PATH or open_clip TAG; without it random weights, for timing")
-    add("--context-length", type=int, default=0, help="with --model: tokens [the model's own]")
-    add("--mean", default="", help="with --model: R,G,B [the model's own]")
-    add("--std", default="", help="with --model: R,G,B [the model's own]")
+    add("--team", metavar="ID", default="", help="Apple development team for --iphone")
+    add("--bundle", metavar="ID", default="", help="bundle identifier for --iphone's app, such as org.example.bench")
     args = parser.parse_args(argv)
-
     if args.checkpoint and args.model:
         fail(f"{args.checkpoint} with --model {args.model}: give a checkpoint or a model, not both")
-    for flag in ("weights", "context_length", "mean", "std"):
-        if getattr(args, flag) and not args.model:
-            fail(f"--{flag.replace('_', '-')} goes with --model NAME; a checkpoint knows its own")
-    if args.runs < 1:
-        fail(f"--runs {args.runs}: must be 1 or more")
+    if not args.model and (args.weights or args.context_length or args.mean or args.std):
+        fail("--weights, --context-length, --mean and --std belong to --model NAME; a checkpoint brings its own")
+    if not args.iphone and (args.team or args.bundle):
+        fail("--team and --bundle belong to --iphone")
+    if args.runs < 1 or args.context_length < 0:
+        fail(f"--runs {args.runs} must be at least 1, --context-length {args.context_length} at least 0")
     if args.out.suffix != ".mlpackage":
         fail(f"--out {args.out}: must end in .mlpackage")
     if args.out.exists() and not (args.out / "Manifest.json").is_file():
         fail(f"--out {args.out}: exists and is no Core ML package, so it is not replaced; choose another path")
-    if (args.team or args.bundle) and not args.iphone:
-        fail("--team and --bundle go with --iphone")
+    folder = next(path for path in args.out.absolute().parents if path.exists())  # what is missing below it is made
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        fail(f"--out {args.out}: {folder} is no folder that can be written to")
     return args
+
+
+def read_labels(labels):
+    """--labels -> class -> [prompts], or None."""
+    if labels in ("", "planes", "brain"):
+        return evaluate.PROMPTS.get(labels)
+    prompts = {c: p for c, p in evaluate.read_prompts(labels).items() if c != "ga"}  # age templates are no class
+    return prompts or fail(f"--labels {labels}: has no class -> [prompts]")
 
 
 # ---------------------------------------------------------------- the model
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def open_subject(args):
-    """-> dark.Model in eval mode, and what the package's metadata tells of its weights."""
+    """-> dark.Model in eval mode, and what the package's metadata shall tell of its weights."""
     path = Path(args.checkpoint or CHECKPOINT)
     if not args.model and (args.checkpoint or path.exists()):
         checkpoint = dark.load_checkpoint(path)
-        about = {"source": str(path), "checkpoint_sha256": sha256(path)}
-        about |= {key: str(checkpoint["config"][key]) for key in ("beta0", "r")} | {"epoch": str(checkpoint["epoch"])}
         model = dark.model_from_checkpoint(checkpoint)
-        print(f"{path}: {model.name}, {model.size} x {model.size}, epoch {checkpoint['epoch']}")
-        return model, about
-    torch.manual_seed(0)
-    name = args.model or PAPER
-    model = dark.open_model(name, args.weights, args.context_length, args.mean, args.std)
-    model.clip.eval()
-    if args.weights or ":" in name:  # hf-hub:... brings its weights
-        source = args.weights or name
-        print(f"{model.name}, {model.size} x {model.size}, weights {source}")
-        return model, {"source": source} | ({"checkpoint_sha256": sha256(source)} if Path(source).is_file() else {})
-    print(f"{RANDOM}: {model.name}, {model.size} x {model.size} ", end="")
-    print("(--weights FILE|TAG gives it real ones)" if args.model else f"({CHECKPOINT} does not exist; see dark.py)")
-    return model, {"source": RANDOM}
+        about = {"source": str(path), "epoch": str(checkpoint["epoch"])}
+        about |= {key: str(checkpoint["config"][key]) for key in ("beta0", "r")}
+    else:
+        torch.manual_seed(0)
+        name, path = args.model or PAPER, Path(args.weights)
+        model = dark.open_model(name, args.weights, args.context_length, args.mean, args.std)
+        model.clip.eval()
+        about = {"source": args.weights or (name if ":" in name else RANDOM)}  # hf-hub:... brings its weights
+    if path.is_file():
+        about["checkpoint_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    hint = f", epoch {about['epoch']}" if "epoch" in about else "" if args.model else f" (there is no {CHECKPOINT})"
+    print(f"{about['source']}: {model.name}, {model.size} x {model.size}{hint}")
+    return model, about
 
 
 class Phone(nn.Module):
@@ -136,7 +141,7 @@ class Phone(nn.Module):
         embedding = F.normalize(features, dim=-1)  # (1, D)
         if self.classes is None:
             return (embedding,)
-        return embedding, F.linear(embedding, self.classes).softmax(-1)  # (1, D) (D, C) -> (1, C)
+        return embedding, F.linear(embedding, self.classes).softmax(-1)  # (1, D) x (D, C)
 
 
 # ---------------------------------------------------------------- fusing
@@ -171,10 +176,9 @@ def probe_images(size):
 
 @torch.no_grad()
 def fuse(tower, images):
-    """Merges the training-time branches of a tower, and its batch norms, into single convolutions, exactly.
+    """Merges training-time branches and their batch norms into single convolutions, which is exact.
 
-    Returns the fused copy, the largest relative difference that it makes to an embedding, and the smallest distance
-    between two images' embeddings.
+    -> the fused copy, the largest relative change of an embedding, the smallest distance of two images' embeddings
     """
     fused = timm.utils.reparameterize_model(tower)
     before, after = tower(images)[0], fused(images)[0]  # (n, D), unit norm
@@ -184,12 +188,10 @@ def fuse(tower, images):
 def fuse_and_check(tower, images):
     """-> the fused tower and the difference; stops when fusing changes what the tower computes."""
     fused, difference, spread = fuse(tower, images)
-    checked = ""
-    if not spread >= SPREAD:  # hardly trained: the same fusing must also be right where it shows
+    if not spread >= SPREAD:  # hardly trained: then fusing must also be right where a mistake would show
         _, on_livened, spread = fuse(livened(copy.deepcopy(tower), images), images)
-        difference, checked = max(difference, on_livened), ", on a copy with livelier weights"
-    print(f"fused: embeddings of {len(images)} images change by at most {difference:.1e} relative", end="")
-    print(f" (limit {TOLERANCE:.0e}; they lie at least {spread:.2g} apart{checked})")
+        difference = max(difference, on_livened)
+    print(f"fused: embeddings of {len(images)} images change by at most {difference:.1e} relative; apart {spread:.2g}")
     if not spread >= SPREAD:
         fail(f"all images look alike to this model ({spread:.1e} apart), so fusing cannot be checked")
     if not difference <= TOLERANCE:
@@ -200,45 +202,38 @@ def fuse_and_check(tower, images):
 # ---------------------------------------------------------------- conversion
 
 
-@contextlib.contextmanager
-def quiet():
-    """coremltools without its progress bars, which have no switch. Yields a list, where the errors that it logs go
-    instead of to the terminal: it raises them too. Its warnings still show."""
-    errors, shown, torch_log = [], tqdm.__init__, logging.getLogger("torch")
-    level = torch_log.level
-
-    def divert(record):
-        if record.levelno >= logging.ERROR:
-            errors.append(record.getMessage())
-        return record.levelno < logging.ERROR
-
-    tqdm.__init__ = functools.partialmethod(shown, disable=True)
-    log.addFilter(divert)
-    torch_log.setLevel(logging.ERROR)
-    try:
-        yield errors
-    finally:
-        torch_log.setLevel(level)
-        log.removeFilter(divert)
-        tqdm.__init__ = shown
+def no_bars():
+    """coremltools draws progress bars and has no switch for them."""
+    return mock.patch.object(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=True))
 
 
 @contextlib.contextmanager
 def converting(name):
-    """Turns what torch.export or coremltools cannot do with a tower into one line, which names the operation."""
-    with quiet() as errors:
-        try:
+    """Turns what torch.export or coremltools cannot do with a tower into one line, which names the operation.
+
+    They also print it, torch.export with whole graphs; that is silenced. Warnings of coremltools still show.
+    """
+    errors, torch_log = [], logging.getLogger("torch")
+    keep = lambda record: record.levelno < logging.ERROR or errors.append(record.getMessage())  # append gives None
+    level = torch_log.level
+    log.addFilter(keep)
+    torch_log.setLevel(logging.ERROR)
+    try:
+        with no_bars():
             yield
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-            why = dark.one_line(" ".join([*errors, str(error)]))
-            fail(f"{name}: its image tower cannot be converted to Core ML: {why}")
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        why = dark.one_line(" ".join([*errors, str(error)]))
+        fail(f"{name}: its image tower cannot be converted to Core ML: {why}")
+    finally:
+        torch_log.setLevel(level)
+        log.removeFilter(keep)
 
 
 @torch.no_grad()
 def convert(tower, name, size, precision, image_input=True):
-    """Phone -> Core ML model (not loaded). image_input=False: `image` is a (1, 3, S, S) array in 0..1 instead."""
+    """Phone -> Core ML model, not loaded. image_input=False: `image` is a (1, 3, S, S) array in 0..1 instead."""
     shape = (1, 3, size, size)
-    with converting(name), contextlib.redirect_stderr(io.StringIO()):  # where torch.export prints graphs that fail
+    with converting(name), contextlib.redirect_stderr(io.StringIO()):
         program = torch.export.export(tower, (torch.zeros(shape),)).run_decompositions({})
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])  # an identity that coremltools 9.0 does not know
@@ -267,7 +262,7 @@ def convert(tower, name, size, precision, image_input=True):
 
 
 def describe(package, model, prompts, about):
-    """Fills in what Xcode shows and what an app can read at run time; user metadata are strings, here of JSON."""
+    """Fills in what Xcode shows, and what an app can read: user metadata are strings, lists are JSON."""
     package.author = "dark, an implementation of arXiv 2603.05421"
     package.license = "MIT for the code; weights keep the licence of what they were trained from"
     package.short_description = f"Image tower of {model.name} for fetal ultrasound; source: {about['source']}"
@@ -286,12 +281,13 @@ def describe(package, model, prompts, about):
 
 def save(package, out):
     """Writes beside `out` and renames: an existing package is replaced only by a complete one. Returns its bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        new, old = Path(folder) / out.name, Path(folder) / "replaced"
+        new = Path(folder) / out.name
         package.save(str(new))
         (new / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)  # 150 KB of the converter's debugging
         if out.exists():
-            out.rename(old)
+            out.rename(Path(folder) / "replaced")
         new.rename(out)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
@@ -301,17 +297,17 @@ def save(package, out):
 
 @torch.no_grad()
 def count_macs(tower, size):
-    """Multiply-accumulates of one image in units of 1e9, by kind. FlopCounterMode counts two operations for each."""
+    """Multiply-accumulates of one image in units of 1e9, by kind."""
     # nn.MultiheadAttention's fast path is one opaque operation, which would count as nothing.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, size, size))
     torch.backends.mha.set_fastpath_enabled(fast)
-    macs = {"convolutions": 0.0, "matrix products": 0.0, "attention": 0.0}
+    macs = {"convolutions": 0.0, "attention": 0.0, "matrix products": 0.0}
     for operation, flops in counter.get_flop_counts()["Global"].items():
-        kind = "convolutions" if "conv" in str(operation) else "attention" if "attention" in str(operation) else "matrix products"
-        macs[kind] += flops / 2e9
+        kind = next((kind for kind in macs if kind[:4] in str(operation)), "matrix products")
+        macs[kind] += flops / 2e9  # two operations for each multiply-accumulate
     return macs
 
 
@@ -322,28 +318,28 @@ WARM_UP = 10  # runs before the timed ones
 def cpu_latency(tower, image, runs, title):
     """Milliseconds of each run on one image."""
     samples = []
-    for i in tqdm(range(-WARM_UP, runs), desc=title, unit="run", leave=False, disable=None):
+    for _ in tqdm(range(WARM_UP + runs), desc=title, unit="run", leave=False, disable=None):
         start = time.perf_counter()
         tower(image)
-        if i >= 0:
-            samples.append(1e3 * (time.perf_counter() - start))
-    return samples
-
-
-def row(runtime, device, system, units, precision, samples):
-    median, p90 = np.percentile(samples, (50, 90)).round(3).tolist()
-    where = {"runtime": runtime, "device": device, "os": system, "compute_units": units, "precision": precision}
-    return where | {"median_ms": median, "p90_ms": p90, "runs": len(samples)}
+        samples.append(1e3 * (time.perf_counter() - start))
+    return samples[WARM_UP:]
 
 
 def cpu_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
+    if Path("/proc/cpuinfo").exists():
+        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         return named[1] if named else platform.machine()
     if platform.system() == "Darwin":
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     return platform.processor()
+
+
+def latency_row(runtime, units, precision, samples, device="", system=""):
+    """A row of the latency table, of this machine unless told otherwise."""
+    median, p90 = np.percentile(samples, (50, 90)).round(3).tolist()
+    where = {"runtime": runtime, "device": device or cpu_name(), "os": system or platform.platform(terse=True)}
+    how = {"compute_units": units, "precision": precision}
+    return where | how | {"median_ms": median, "p90_ms": p90, "runs": len(samples)}
 
 
 # ---------------------------------------------------------------- Core ML on this Mac, and on a phone
@@ -362,13 +358,14 @@ def neural_engine_share(model):
     """Share of the program's operations, constants aside, that Core ML prefers to run on the Neural Engine."""
     plan = MLComputePlan.load_from_path(model.get_compiled_model_path(), compute_units=model.compute_unit)
     operations = plan.model_structure.program.functions["main"].block.operations
-    usages = [plan.get_compute_device_usage_for_mlprogram_operation(o) for o in operations if "const" not in o.operator_name]
-    chosen = [isinstance(u.preferred_compute_device, MLNeuralEngineComputeDevice) for u in usages if u]
+    operations = [operation for operation in operations if "const" not in operation.operator_name]
+    usages = filter(None, map(plan.get_compute_device_usage_for_mlprogram_operation, operations))
+    chosen = [isinstance(usage.preferred_compute_device, MLNeuralEngineComputeDevice) for usage in usages]
     return sum(chosen) / len(chosen) if chosen else 0.0
 
 
 def on_this_mac(out, tower, pixels, args):
-    """A row per compute unit: latency, difference to PyTorch's embedding, share of the Neural Engine."""
+    """A row per choice of compute units: latency, difference to PyTorch's embedding, share of the Neural Engine."""
     image, rows = Image.fromarray(pixels.numpy()), []
     with torch.no_grad():
         expected = tower(pixels.permute(2, 0, 1)[None] / 255)[0].numpy()
@@ -376,8 +373,8 @@ def on_this_mac(out, tower, pixels, args):
         model = ct.models.MLModel(str(out), compute_units=ct.ComputeUnit[units])
         samples = asyncio.run(coreml_latency(model, image, args.runs))
         difference = float(np.abs(model.predict({"image": image})["embedding"] - expected).max())
-        measured = row("Core ML", cpu_name(), platform.platform(terse=True), units, args.precision, samples)
-        rows.append(measured | {"difference": difference, "neural_engine_share": neural_engine_share(model)})
+        checks = {"difference": difference, "neural_engine_share": neural_engine_share(model)}
+        rows.append(latency_row("Core ML", units, args.precision, samples) | checks)
     return rows
 
 
@@ -393,40 +390,32 @@ def find_iphone(args):
         fail('--iphone: devicectl is not on PATH; export PATH="$PATH:$(dirname "$(xcrun --find devicectl)")"')
     phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
     if not phones:
-        fail("--iphone: no connected iPhone; plug it in, unlock it, trust this Mac, and see xcrun devicectl list devices")
+        fail("--iphone: no connected iPhone; plug it in, unlock it, trust this Mac; see xcrun devicectl list devices")
     if phones[0].developer_mode_state != "enabled":
         fail(f"--iphone: {phones[0].name} is not in Developer Mode; Settings > Privacy & Security > Developer Mode")
     return phones[0]
 
 
-async def time_on_iphone(phone, twin, pixels, args):
-    """-> compute units -> milliseconds. Builds, installs and starts coremltools' benchmark app first."""
+async def on_iphone(phone, tower, model, pixels, args):
+    """A row per choice of compute units. coremltools 9.0 cannot send an image: what is timed is a twin of the package
+    that takes an array, inside coremltools' benchmark app, which is built, installed and started first."""
+    twin = convert(tower, model.name, model.size, args.precision, image_input=False)
     image = (pixels.permute(2, 0, 1)[None] / 255).numpy()  # (1, 3, S, S) fp32
     credentials = remote_device.AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
-    with tempfile.TemporaryDirectory() as folder:
-        ready = await phone.prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
-        samples = {}
-        for units in UNITS:
-            model = ct.models.MLModel(
-                twin.get_spec(), weights_dir=twin.weights_dir, compute_units=ct.ComputeUnit[units], skip_model_load=True
-            )
-            samples[units] = await coreml_latency(model, image, args.runs, device=ready)
-        ready.session.stop()
-    return samples
-
-
-def on_iphone(phone, tower, model, pixels, args):
-    """A row per compute unit. coremltools 9.0 cannot send an image to a phone, so a twin that takes an array is timed."""
-    twin = convert(tower, model.name, model.size, args.precision, image_input=False)
-    refused = (ValueError, RuntimeError, remote_device._DeviceCtlError, remote_device._AppBuilder.Error)
-    print(f"timing on {phone.name}: every run is a request over devicectl, seconds each; keep the phone unlocked")
+    print(f"timing on {phone.name}: every run is a request over devicectl; keep the phone unlocked")
+    rows = []
     try:
-        with quiet():
-            samples = asyncio.run(time_on_iphone(phone, twin, pixels, args))
-    except refused as error:
-        fail(f"--iphone: {dark.one_line(error)}; unlock the phone, keep it awake, and check --team and --bundle in Xcode")
-    system = f"iOS {phone.os_version}"
-    return [row("Core ML", phone.name, system, units, args.precision, ms) for units, ms in samples.items()]
+        with no_bars(), tempfile.TemporaryDirectory() as folder:
+            ready = await phone.prepare_for_model_debugging(credentials=credentials, working_directory=Path(folder))
+            for units in UNITS:
+                where = dict(weights_dir=twin.weights_dir, compute_units=ct.ComputeUnit[units], skip_model_load=True)
+                samples = await coreml_latency(ct.models.MLModel(twin.get_spec(), **where), image, args.runs, ready)
+                system = f"iOS {phone.os_version}"
+                rows.append(latency_row("Core ML", units, args.precision, samples, phone.name, system))
+            ready.session.stop()
+    except (ValueError, RuntimeError, remote_device._DeviceCtlError, remote_device._AppBuilder.Error) as error:
+        fail(f"--iphone: {dark.one_line(error)}; unlock the phone, keep it awake, check --team and --bundle in Xcode")
+    return rows
 
 
 # ---------------------------------------------------------------- report
@@ -435,64 +424,53 @@ def on_iphone(phone, tower, model, pixels, args):
 def report(result, out):
     """Prints the latency table and writes export.json beside the package."""
     cells = [["runtime", "device", "OS", "compute units", "precision", "median ms", "p90 ms"]]
-    keys = ("runtime", "device", "os", "compute_units", "precision")
-    cells += [[r[k] for k in keys] + [f"{r['median_ms']:.2f}", f"{r['p90_ms']:.2f}"] for r in result["latency"]]
+    for r in result["latency"]:
+        where = [r[key] for key in ("runtime", "device", "os", "compute_units", "precision")]
+        cells.append([*where, f"{r['median_ms']:.2f}", f"{r['p90_ms']:.2f}"])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(c.rjust(w) if i > 4 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))))
     for r in result["latency"]:
         if "difference" in r:
-            print(f"{r['compute_units']}: embedding differs from PyTorch's by at most {r['difference']:.1e}; "
-                  f"{r['neural_engine_share']:.0%} of the operations prefer the Neural Engine")  # fmt: skip
-    path = out.with_name("export.json")
-    dark.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
+            share = f"{r['neural_engine_share']:.0%} of the operations prefer the Neural Engine"
+            print(f"{r['compute_units']}: at most {r['difference']:.1e} from PyTorch's embedding; {share}")
+    text = json.dumps(result, indent=2) + "\n"
+    dark.write_atomically(out.with_name("export.json"), lambda temporary: temporary.write_text(text))
 
 
 def main(argv=None):
     args = parse_args(argv)
     phone = find_iphone(args) if args.iphone else None
-    prompts = evaluate.PROMPTS[args.labels] if args.labels in ("planes", "brain") else None
-    if args.labels and not prompts:
-        prompts = {c: p for c, p in evaluate.read_prompts(args.labels).items() if c != "ga"}  # age templates, no class
-        if not prompts:
-            fail(f"--labels {args.labels}: holds no class -> [prompts]")
-    started = time.perf_counter()
+    prompts = read_labels(args.labels)
+    start = time.perf_counter()
     torch.set_num_threads(1)  # other work on the machine disturbs one thread least, so the latencies repeat
     model, about = open_subject(args)
-
-    with torch.no_grad():
-        scale = model.clip.logit_scale.exp()
-        classes = scale * evaluate.class_embeddings(model, prompts) if prompts else None  # (C, D)
-    trained = Phone(model, classes)
     images = probe_images(model.size)
+    with torch.no_grad():  # (C, D)
+        classes = model.clip.logit_scale.exp() * evaluate.class_embeddings(model, prompts) if prompts else None
+    trained = Phone(model, classes)
     if about["source"] == RANDOM:
         livened(trained, images)
     fused, difference = fuse_and_check(trained, images)
-    branched = fused.state_dict().keys() != trained.state_dict().keys()  # a ViT has nothing to fuse
-    before, after = (sum(p.numel() for p in tower.visual.parameters()) for tower in (trained, fused))
-    macs = count_macs(fused, model.size)
-
     package = convert(fused, model.name, model.size, args.precision)
     describe(package, model, prompts, about)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        size = save(package, args.out)
-    except OSError as error:
-        fail(f"--out {args.out}: cannot be written ({dark.one_line(error)})")
-    seconds = time.perf_counter() - started
-    print(f"parameters: {after / 1e6:.2f} M in the image tower" + f" ({before / 1e6:.2f} M before fusing)" * branched)
-    print(f"GMACs: {sum(macs.values()):.2f}, multiply-accumulates of one image through the fused tower:", end=" ")
-    print(", ".join(f"{kind} {count:.2f}" for kind, count in macs.items()))
+    size, seconds = save(package, args.out), time.perf_counter() - start
+
+    before, after = (sum(p.numel() for p in tower.visual.parameters()) for tower in (trained, fused))
+    macs = count_macs(fused, model.size)
+    kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in macs.items())
+    print(f"parameters: {after / 1e6:.2f} M in the fused image tower, {before / 1e6:.2f} M before fusing")
+    print(f"GMACs: {sum(macs.values()):.2f}, multiply-accumulates of one image through the fused tower: {kinds}")
     print(f"package: {args.out}, {args.precision}, {size / 1e6:.2f} MB on disk, made in {seconds:.0f} s")
 
     pixels = (images[3] * 255).round().byte().permute(1, 2, 0).contiguous()  # (S, S, 3) uint8
     image = (pixels / 255).permute(2, 0, 1)[None]  # (1, 3, S, S), channels last in memory
+    branched = fused.state_dict().keys() != trained.state_dict().keys()  # a ViT has nothing to fuse
     towers = {"PyTorch unfused": trained, "PyTorch fused": fused} if branched else {"PyTorch": fused}
-    system, latency = platform.platform(terse=True), []
+    latency = []
     for runtime, tower in towers.items():
         tower.to(memory_format=torch.channels_last)  # in which the fused tower is fastest
-        samples = cpu_latency(tower, image, args.runs, runtime)
-        latency.append(row(runtime, cpu_name(), system, "CPU, 1 thread", "fp32", samples))
+        latency.append(latency_row(runtime, "CPU, 1 thread", "fp32", cpu_latency(tower, image, args.runs, runtime)))
     if platform.system() == "Darwin":
         latency += on_this_mac(args.out, fused, pixels, args)
     result = {
@@ -514,7 +492,7 @@ def main(argv=None):
     }
     report(result, args.out)
     if phone:
-        latency += on_iphone(phone, fused, model, pixels, args)
+        latency += asyncio.run(on_iphone(phone, fused, model, pixels, args))
         report(result, args.out)
 
 

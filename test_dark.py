@@ -1,28 +1,38 @@
 """python -m pytest: the mathematics against loop-written references, and the three scripts end to end, offline."""
 
+import asyncio
+import copy
+import dataclasses
 import inspect
 import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 import dark
 import evaluate
+import export
+from export import ct
 
 HERE = Path(__file__).parent
 HC18 = HERE.parent / "shared" / "hc18"
@@ -546,7 +556,7 @@ def test_phantom_is_deterministic_and_to_scale():
         assert abs(label["hc_mm"] / dark.who_hc(label["days"]) - 1) < 0.1
         text = dark.read_phantom(0, 64, i)[1]
         assert f"{160 / 64 * label['pixel_mm']:.2f} mm" in text and f"{label['days'] // 7} weeks" in text
-        assert (dark.VIEWS[label["view"]] if i // 9 % 3 else dark.VIEWS[label["view"]].split(",")[0]) in text
+        assert (dark.VIEWS[label["view"]] if i // 9 % 4 else dark.VIEWS[label["view"]].split(",")[0]) in text
 
 
 def test_who_curve():
@@ -1103,6 +1113,560 @@ def test_evaluate_on_real_heads(finished, capsys):
         evaluate.heads_task = original
     (result,) = json.loads((finished[0] / "results.json").read_text())
     assert 1 <= result["hc18_n"] <= 4 and "f1_all" not in result
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_main(*flags):
+    export.main([str(flag) for flag in flags])
+
+
+def export_checkpoint(path, name="demo-fastvit"):
+    """A FastViT whose batch norms and layer scales are far from their initial values, in a checkpoint of dark.py."""
+    torch.manual_seed(3)
+    model = dark.open_model(name, mean="0.3,0.4,0.5", std="0.2,0.25,0.3")
+    for module in model.clip.visual.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.2, 1.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    nn.init.constant_(model.clip.logit_scale, np.log(20.0))
+    cfg = dark.Config(beta0=2.0, r=-0.4)
+    dark.save_checkpoint(path, model, step=30, epoch=3, cfg=cfg)
+    return path
+
+
+def export_images(n, size):
+    """(n, S, S, 3) uint8: blobs of one colour each on noise."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (n, size, size, 3))
+    for i, image in enumerate(images):
+        image[i * 8 : i * 8 + 24, 10:50] += rng.integers(20, 190, 3)
+    return torch.from_numpy(images.astype(np.uint8))
+
+
+# What the operations of a converted FastViT mean, from the MIL documentation. Core ML runs on macOS only; with these
+# the package itself, its graph and its stored weights, can be evaluated anywhere.
+EXPORT_MIL = {
+    "conv": lambda x, weight, strides, pad_type, pad, dilations, groups, bias=None: F.conv2d(
+        F.pad(x, [*pad[2:], *pad[:2]] if pad_type == "custom" else [0] * 4), weight, bias, strides, 0, dilations, groups
+    ),
+    "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
+    "matmul": lambda x, y, transpose_x=False, transpose_y=False: (x.mT if transpose_x else x) @ (y.mT if transpose_y else y),
+    "batch_norm": lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon),
+    "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none", "TANH_APPROXIMATION": "tanh"}[mode]),
+    "relu": lambda x: x.relu(),
+    "sigmoid": lambda x: x.sigmoid(),
+    "softmax": lambda x, axis: x.softmax(axis),
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "real_div": lambda x, y: x / y,
+    "maximum": lambda x, y: x.clamp_min(float(y)),
+    "reduce_mean": lambda x, axes, keep_dims: x.mean(axes, keep_dims),
+    "reduce_l2_norm": lambda x, axes, keep_dims: x.norm(dim=axes, keepdim=keep_dims),
+    "reshape": lambda x, shape: x.reshape(shape),
+    "transpose": lambda x, perm: x.permute(perm),
+    "squeeze": lambda x, axes: x.squeeze(axes),
+    "tile": lambda x, reps: x.repeat(reps),
+    "split": lambda x, num_splits, axis: x.chunk(num_splits, axis),
+    "cast": lambda x, dtype: x,  # the arithmetic here is fp32 throughout; the weights are as stored
+}
+
+
+def export_program(path):
+    """The package's program, read back from disk: its operations, in order, with the weights as numpy arrays."""
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    package = ct.models.MLModel(str(path), skip_model_load=True)
+    return load(package.get_spec(), package.get_spec().specificationVersion, package.weights_dir).functions["main"]
+
+
+def export_run(program, pixels):
+    """(S, S, 3) uint8 -> output name -> tensor, by the stored graph and weights."""
+    values = {"image": pixels.permute(2, 0, 1)[None].float()}
+
+    def value(var):
+        if var.name in values:
+            return values[var.name]
+        if isinstance(var.val, np.ndarray):
+            return torch.from_numpy(var.val.copy()).float() if var.val.dtype.kind == "f" else var.val.tolist()
+        return var.val.item() if isinstance(var.val, np.generic) else var.val
+
+    for operation in program.operations:
+        if operation.op_type != "const":
+            out = EXPORT_MIL[operation.op_type](**{k: value(v) for k, v in operation.inputs.items() if v is not None})
+            for var, tensor in zip(operation.outputs, out if isinstance(out, tuple) else [out]):
+                assert tuple(tensor.shape) == tuple(var.shape)
+                values[var.name] = tensor
+    return {var.name: values[var.name] for var in program.outputs}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """`python export.py CHECKPOINT --labels planes` once, onto an older package."""
+    folder = tmp_path_factory.mktemp("export")
+    checkpoint = export_checkpoint(folder / "student.pt")
+    out = folder / "deep" / "Student.mlpackage"
+    out.mkdir(parents=True)
+    (out / "Manifest.json").write_text("{}")
+    (out / "stale").write_text("of the older package")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", printed)
+        export_main(checkpoint, "--out", out, "--labels", "planes", "--runs", 3)
+    model = dark.model_from_checkpoint(dark.load_checkpoint(checkpoint))
+    return types.SimpleNamespace(
+        out=out, checkpoint=checkpoint, model=model, printed=printed.getvalue(), program=export_program(out),
+        spec=ct.models.MLModel(str(out), skip_model_load=True).get_spec(),
+        result=json.loads((out.parent / "export.json").read_text()),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- export: the package
+
+
+def test_export_names_shapes_and_types(exported):
+    description = exported.spec.description
+    assert exported.spec.specificationVersion == 8  # iOS 17
+    assert exported.spec.WhichOneof("Type") == "mlProgram"
+    (image,), (embedding, probabilities) = description.input, description.output
+    assert (image.name, image.type.imageType.width, image.type.imageType.height) == ("image", 64, 64)
+    assert image.type.imageType.colorSpace == ct.proto.FeatureTypes_pb2.ImageFeatureType.RGB
+    fp32 = ct.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT32
+    assert (embedding.name, list(embedding.type.multiArrayType.shape)) == ("embedding", [1, 64])
+    assert (probabilities.name, list(probabilities.type.multiArrayType.shape)) == ("probabilities", [1, 9])
+    assert embedding.type.multiArrayType.dataType == probabilities.type.multiArrayType.dataType == fp32
+
+
+def test_export_metadata(exported):
+    import hashlib
+
+    metadata, user = exported.spec.description.metadata, dict(exported.spec.description.metadata.userDefined)
+    assert metadata.author and metadata.license and metadata.versionString and "demo-fastvit" in metadata.shortDescription
+    assert user["checkpoint_sha256"] == hashlib.sha256(exported.checkpoint.read_bytes()).hexdigest()
+    assert json.loads(user["mean"]) == [0.3, 0.4, 0.5] and json.loads(user["std"]) == [0.2, 0.25, 0.3]
+    assert json.loads(user["labels"]) == list(evaluate.PROMPTS["planes"])
+    assert json.loads(user["prompts"]) == evaluate.PROMPTS["planes"]
+    assert (float(user["beta0"]), float(user["r"])) == (2.0, -0.4)
+
+
+def test_export_computes_what_pytorch_computes(exported):
+    model, images = exported.model, export_images(4, 64)
+    with torch.no_grad():
+        expected = F.normalize(model.clip.encode_image(model.pixels(images)), dim=-1)  # (4, 64), not fused
+        classes = evaluate.class_embeddings(model, evaluate.PROMPTS["planes"])  # (9, 64)
+        likely = (model.clip.logit_scale.exp() * expected @ classes.T).softmax(-1)  # (4, 9)
+    outputs = [export_run(exported.program, image) for image in images]
+    embedding = torch.cat([out["embedding"] for out in outputs])
+    assert torch.pdist(expected).min() > 0.05  # the images are told apart, by far more than the tolerance
+    assert (embedding - expected).norm(dim=1).max() < 5e-3
+    assert (embedding.norm(dim=1) - 1).abs().max() < 1e-6
+    assert likely.std(0).max() > 0.01
+    torch.testing.assert_close(torch.cat([out["probabilities"] for out in outputs]), likely, atol=2e-3, rtol=0)
+
+
+def test_export_stores_the_fused_weights(exported):
+    consts = {op.name: op.outputs[0].val for op in exported.program.operations if op.op_type == "const"}
+    fused = timm.utils.reparameterize_model(exported.model.clip.visual)
+    stem, projection = fused.trunk.stem[0].reparam_conv.weight, fused.trunk.head.fc.weight
+    for name, weight in (("stem_0_reparam_conv_weight", stem), ("trunk_head_fc_weight", projection)):
+        (stored,) = [v for key, v in consts.items() if name in key and isinstance(v, np.ndarray) and v.ndim > 1]
+        assert stored.dtype == np.float16
+        np.testing.assert_array_equal(stored, weight.detach().half().numpy())
+    (classes,) = [v for v in consts.values() if isinstance(v, np.ndarray) and v.shape == (9, 64)]
+    with torch.no_grad():
+        matrix = exported.model.clip.logit_scale.exp() * evaluate.class_embeddings(exported.model, evaluate.PROMPTS["planes"])
+    assert classes.dtype == np.float32
+    np.testing.assert_allclose(classes, matrix.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_export_head_is_fp32_and_tower_fp16(exported):
+    kinds = {}
+    for operation in exported.program.operations:
+        kinds.setdefault(operation.op_type, []).append(operation.outputs[0].dtype.__name__)
+    assert set(kinds["conv"]) == set(kinds["gelu"]) == {"fp16"}
+    assert kinds["reduce_l2_norm"] == ["fp32"]
+    assert kinds["softmax"][-1] == "fp32" and kinds["linear"][-1] == "fp32"
+
+
+def test_export_size_and_replacement(exported):
+    size = sum(file.stat().st_size for file in exported.out.rglob("*") if file.is_file())
+    parameters = sum(p.numel() for p in timm.utils.reparameterize_model(exported.model.clip.visual).parameters())
+    assert exported.result["package_mb"] == size / 1e6
+    assert 2 * parameters * 0.95 < size < 2 * parameters + 150_000  # two bytes each, and the program
+    assert not (exported.out / "stale").exists()
+    assert sorted(p.name for p in exported.out.parent.iterdir()) == ["Student.mlpackage", "export.json"]
+
+
+def test_export_report(exported):
+    result, model = exported.result, exported.model
+    assert result["visual_params_unfused"] == sum(p.numel() for p in model.clip.visual.parameters())
+    assert result["visual_params"] < result["visual_params_unfused"]
+    assert result["labels"] == list(evaluate.PROMPTS["planes"])
+    assert 0 < result["fuse_difference"] < 1e-5
+    unfused, fused = result["latency"]
+    assert (unfused["runtime"], fused["runtime"]) == ("PyTorch unfused", "PyTorch fused")
+    for row in (unfused, fused):
+        assert 0 < row["median_ms"] <= row["p90_ms"] and row["runs"] == 3
+        assert row["precision"] == "fp32" and "CPU" in row["compute_units"] and row["device"] and row["os"]
+    assert result["fused_over_unfused"] == pytest.approx(fused["median_ms"] / unfused["median_ms"])
+    table = [line for line in exported.printed.splitlines() if line.startswith(("runtime", "PyTorch"))]
+    assert len(table) == 3 and len({len(line) for line in table}) == 1  # aligned
+    assert f"{fused['median_ms']:.2f}" in table[2]
+    assert "attention" in exported.printed and "epoch 3" in exported.printed.splitlines()[0]
+
+
+def test_export_fp32_with_labels_from_a_file(exported, tmp_path, capsys):
+    labels = tmp_path / "labels.json"
+    templates = ["{weeks} weeks, {day} days, {pixel_spacing} mm"]
+    labels.write_text(json.dumps({"head": ["a fetal head"], "thigh": ["a femur", "a thigh bone"], "ga": templates}))
+    out = tmp_path / "fp32.mlpackage"
+    export_main(exported.checkpoint, "--out", out, "--precision", "fp32", "--labels", labels, "--runs", 1)
+    program, images = export_program(out), export_images(2, 64)
+    with torch.no_grad():
+        expected = F.normalize(exported.model.clip.encode_image(exported.model.pixels(images)), dim=-1)
+    outputs = [export_run(program, image) for image in images]
+    assert (torch.cat([out["embedding"] for out in outputs]) - expected).abs().max() < 1e-5
+    assert outputs[0]["probabilities"].shape == (1, 2)
+    user = ct.models.MLModel(str(out), skip_model_load=True).user_defined_metadata
+    assert json.loads(user["labels"]) == ["head", "thigh"]
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert size > 1.8 * 1e6 * exported.result["package_mb"]
+    assert capsys.readouterr().err == ""  # no chatter of the converter, no bars off a terminal
+
+
+# ---------------------------------------------------------------- export: without a checkpoint
+
+
+def test_export_without_a_checkpoint_says_random_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "PAPER", "demo-fastvit")  # in place of MobileCLIP2-S0, to save time
+    export_main("--runs", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].lower().startswith("random weights") and "timing" in lines[0] and "demo-fastvit" in lines[0]
+    assert (tmp_path / "out" / "MobileFetalCLIP.mlpackage" / "Manifest.json").is_file()
+    spec = ct.models.MLModel(str(tmp_path / "out" / "MobileFetalCLIP.mlpackage"), skip_model_load=True).get_spec()
+    assert [output.name for output in spec.description.output] == ["embedding"]
+    user = dict(spec.description.metadata.userDefined)
+    assert "andom" in user["source"] and not {"labels", "checkpoint_sha256", "beta0"} & set(user)
+
+
+def test_export_of_a_vit_has_one_latency_and_counts_attention(tmp_path, capsys):
+    out = tmp_path / "ViT.mlpackage"
+    export_main("--model", "demo-vit", "--out", out, "--runs", 2)
+    result = json.loads((tmp_path / "export.json").read_text())
+    assert [row["runtime"] for row in result["latency"]] == ["PyTorch"] and result["fused_over_unfused"] is None
+    visual = dark.open_model("demo-vit").clip.visual
+    d, layers = visual.conv1.out_channels, len(visual.transformer.resblocks)
+    n = (visual.image_size[0] // visual.conv1.kernel_size[0]) ** 2 + 1  # tokens
+    patches = (n - 1) * d * 3 * visual.conv1.kernel_size[0] ** 2
+    products = layers * n * 12 * d * d + d * visual.output_dim  # qkv, out, and the fourfold MLP; the projection
+    attention = layers * 2 * n * n * d  # queries by keys, weights by values
+    by_kind = {"convolutions": patches, "matrix products": products, "attention": attention}
+    assert result["gmacs_by_kind"] == pytest.approx({kind: macs / 1e9 for kind, macs in by_kind.items()})
+    assert result["gmacs"] == pytest.approx(sum(by_kind.values()) / 1e9)
+    assert torch.backends.mha.get_fastpath_enabled()  # was switched off to count, and is on again
+
+
+# ---------------------------------------------------------------- export: fusing
+
+
+def export_fresh_fastvit():
+    """As timm and open_clip make it: what the images change is tiny beside the bias of the projection."""
+    torch.manual_seed(0)
+    trunk = timm.models.FastVit(layers=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), mlp_ratios=(2, 2, 2, 2))
+    trunk.reset_classifier(32)
+    clip = types.SimpleNamespace(visual=trunk)
+    return export.Phone(types.SimpleNamespace(clip=clip, mean=(0.5,) * 3, std=(0.5,) * 3), None)
+
+
+@pytest.mark.parametrize("weights", ["fresh", "trained"])
+def test_export_stops_when_fusing_is_wrong(monkeypatch, capsys, weights):
+    images = export.probe_images(64)
+    tower = export_fresh_fastvit()
+    if weights == "trained":
+        export.livened(tower, images)
+    with torch.no_grad():
+        before = copy.deepcopy(tower)(images)[0]
+    _, difference = export.fuse_and_check(tower, images)
+    assert 0 < difference < 1e-5
+    torch.testing.assert_close(tower(images)[0], before, rtol=0, atol=0)  # the tower itself is left as it was
+
+    def wrong(model):
+        model = right(model)
+        model.visual.stages[1].blocks[0].token_mixer.reparam_conv.weight.data *= 1.01
+        return model
+
+    right = timm.utils.reparameterize_model
+    monkeypatch.setattr(timm.utils, "reparameterize_model", wrong)
+    unseen = export.fuse(tower, images)[1] < export.TOLERANCE  # by a comparison of the tower as it is
+    assert unseen == (weights == "fresh")
+    fails(capsys, lambda: export.fuse_and_check(tower, images), "fusing")
+
+
+def test_export_fresh_fastvit_is_why_the_copy_is_livened():
+    images, tower = export.probe_images(64), export_fresh_fastvit()
+    fresh = export.fuse(tower, images)[2]
+    assert fresh < export.SPREAD < 0.1 < export.fuse(export.livened(tower, images), images)[2]
+
+
+def test_export_stops_when_no_image_matters(capsys):
+    tower = export_fresh_fastvit()
+    tower.visual.head.fc.weight.data.zero_()
+    fails(capsys, lambda: export.fuse_and_check(tower, export.probe_images(64)), "look alike")
+
+
+# ---------------------------------------------------------------- export: mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["gone.pt"], ["gone.pt"]),
+        (["foreign.pt"], ["foreign.pt"]),
+        (["truncated.pt"], ["truncated.pt"]),
+        (["foreign.pt", "--model", "demo-vit"], ["foreign.pt", "demo-vit"]),
+        (["--weights", "x.pt"], ["--weights", "--model"]),
+        (["--mean", "0,0,0"], ["--mean", "--model"]),
+        (["--model", "demo-vit", "--weights", "gone.pt"], ["gone.pt"]),
+        (["--model", "no-such-model"], ["no-such-model"]),
+        (["--runs", "0"], ["--runs", "0"]),
+        (["--precision", "int8"], ["int8", "fp16"]),
+        (["--prec", "fp16"], ["--prec"]),
+        (["--out", "package"], ["package", ".mlpackage"]),
+        (["--out", "folder.mlpackage"], ["folder.mlpackage"]),
+        (["--out", "file.mlpackage"], ["file.mlpackage"]),
+        (["--out", "foreign.pt/a.mlpackage", "--model", "demo-vit"], ["foreign.pt"]),
+        (["--labels", "gone.json"], ["gone.json"]),
+        (["--labels", "list.json"], ["list.json", "class"]),
+        (["--labels", "ages.json"], ["ages.json", "class"]),
+        (["--iphone", "--team", "T", "--bundle", "b"], ["--iphone", "macOS"]),
+        (["--team", "T"], ["--team", "--iphone"]),
+    ],
+)
+def test_export_mistakes_get_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr(export, "PAPER", "demo-fastvit")
+    monkeypatch.setattr(export, "convert", lambda *_, **__: pytest.fail("got as far as converting"))
+    torch.save({"state_dict": {}}, "foreign.pt")
+    Path("truncated.pt").write_bytes(Path("foreign.pt").read_bytes()[:100])
+    Path("folder.mlpackage").mkdir()
+    Path("folder.mlpackage/keep").write_text("mine")
+    Path("file.mlpackage").write_text("mine")
+    Path("list.json").write_text('["a fetal head"]')
+    Path("ages.json").write_text('{"ga": ["{weeks} {day} {pixel_spacing}"]}')
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    fails(capsys, lambda: export_main(*flags), *words)
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    assert Path("folder.mlpackage/keep").read_text() == Path("file.mlpackage").read_text() == "mine"
+
+
+class ExportUnconvertible(nn.Module):
+    """An image tower with one operation that cannot go to Core ML."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.operation, self.project = operation, nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.project(self.operation(F.adaptive_avg_pool2d(x, 2)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "operation, name",
+    [
+        (lambda x: x.cummax(-1)[0], "cummax"),  # unknown to coremltools
+        (lambda x: torch.linalg.inv(x + torch.eye(2)), "linalg_inv"),  # known, and refused
+        (lambda x: x * 2 if x.sum() > 0 else x, "data-dependent"),  # stops torch.export
+    ],
+    ids=["unknown", "refused", "branch"],
+)
+def test_export_names_the_operation_it_cannot_convert(exported, tmp_path, monkeypatch, capsys, operation, name):
+    out = tmp_path / "old.mlpackage"
+    shutil.copytree(exported.out, out)
+    model = dark.open_model("demo-vit")
+    model.clip.visual = ExportUnconvertible(operation)
+    monkeypatch.setattr(dark, "open_model", lambda *_, **__: model)
+    call = lambda: export_main("--model", "demo-vit", "--out", out)
+    fails(capsys, call, "demo-vit", "cannot be converted", name)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.mlpackage"]
+    assert (out / "Manifest.json").read_bytes() == (exported.out / "Manifest.json").read_bytes()
+
+
+def test_export_takes_towers_with_tokens_and_with_aliases():
+    class Tower(nn.Module):  # CoCa's return their tokens too; a slice of everything becomes aten.alias in SigLIP's
+        def __init__(self):
+            super().__init__()
+            self.embed, self.project = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            tokens = self.embed(x).flatten(2).mT[:, 0:]  # (n, 16, 8)
+            return self.project(tokens.mean(1)), tokens
+
+    torch.manual_seed(0)
+    model = types.SimpleNamespace(clip=types.SimpleNamespace(visual=Tower()), mean=(0.5,) * 3, std=(0.5,) * 3)
+    tower = export.Phone(model, None)
+    image = torch.rand(1, 3, 32, 32)
+    expected = F.normalize(model.clip.visual((image - 0.5) / 0.5)[0], dim=-1)
+    torch.testing.assert_close(tower(image)[0], expected)
+    program = torch.export.export(tower, (image,)).run_decompositions({})
+    assert program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default)  # else this tests nothing
+    package = export.convert(tower, "tokens", 32, "fp16")
+    (output,) = package.get_spec().description.output
+    assert (output.name, list(output.type.multiArrayType.shape)) == ("embedding", [1, 4])
+
+
+def test_export_keeps_the_old_package_until_the_new_one_is_complete(exported, tmp_path):
+    out = tmp_path / "old.mlpackage"
+    shutil.copytree(exported.out, out)
+    (out / "mark").write_text("old")
+
+    class DiskFull:
+        def save(self, path):
+            shutil.copytree(exported.out / "Data", Path(path) / "Data")  # half of a package
+            assert (out / "mark").exists()
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        export.save(DiskFull(), out)
+    assert (out / "mark").exists() and [p.name for p in tmp_path.iterdir()] == ["old.mlpackage"]
+    size = export.save(ct.models.MLModel(str(exported.out), skip_model_load=True), out)
+    assert not (out / "mark").exists() and [p.name for p in tmp_path.iterdir()] == ["old.mlpackage"]
+    assert size == sum(file.stat().st_size for file in exported.out.rglob("*") if file.is_file())
+
+
+def test_export_keeps_real_warnings_and_restores_the_bars(capsys, caplog):
+    from tqdm import tqdm
+
+    def call():
+        with export.converting("model-x"):
+            export.log.warning("a value overflows")
+            export.log.error("converting 'op-y'")
+            list(tqdm(range(3)))
+            raise ValueError("bad shape")
+
+    fails(capsys, call, "model-x", "op-y", "bad shape")  # one line: no bar
+    assert "overflows" in caplog.text and "op-y" not in caplog.text
+    with pytest.raises(ZeroDivisionError), export.converting("model-x"):
+        raise ZeroDivisionError  # a fault of ours is not passed off as the model's
+    list(tqdm(range(3)))
+    assert "3/3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- export: Core ML on a Mac and on a phone, by stand-ins
+
+
+@dataclasses.dataclass
+class ExportPhone:
+    name: str = "Test iPhone"
+    os_version: str = "18.1"
+    developer_mode_state: str = "enabled"
+    session: object = None
+    asked: dict = dataclasses.field(default_factory=dict)
+
+    async def prepare_for_model_debugging(self, credentials=None, working_directory=None):
+        assert working_directory.is_dir()
+        self.asked |= {"credentials": credentials}
+        return dataclasses.replace(self, session=types.SimpleNamespace(stop=lambda: self.asked.update(stopped=True)))
+
+
+def export_mac(monkeypatch, phones, tools=("xcodebuild", "devicectl")):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr("shutil.which", lambda tool: f"/usr/bin/{tool}" if tool in tools else None)
+    device = export.remote_device.Device
+    monkeypatch.setattr(device, "get_connected_devices", lambda kind: phones if kind.name == "IPHONE" else [])
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (dict(phones=[ExportPhone()], flags=[]), ["--team", "--bundle"]),
+        (dict(phones=[ExportPhone()], tools=["devicectl"]), ["xcodebuild", "Xcode"]),
+        (dict(phones=[ExportPhone()], tools=["xcodebuild"]), ["devicectl", "PATH"]),
+        (dict(phones=[]), ["no connected iPhone", "unlock"]),
+        (dict(phones=[ExportPhone(developer_mode_state="disabled")]), ["Test iPhone", "Developer Mode"]),
+    ],
+    ids=["credentials", "xcode", "devicectl", "phone", "developer"],
+)
+def test_export_says_what_the_phone_needs(monkeypatch, capsys, tmp_path, state, words):
+    flags = state.pop("flags", ["--team", "T", "--bundle", "b"])
+    export_mac(monkeypatch, **state)
+    monkeypatch.setattr(export, "open_subject", lambda args: pytest.fail("work began"))
+    fails(capsys, lambda: export_main("--iphone", *flags, "--out", tmp_path / "a.mlpackage"), "--iphone", *words)
+
+
+def test_export_on_a_mac_with_a_phone(exported, tmp_path, monkeypatch, capsys):
+    phone, out, calls, programs = ExportPhone(), tmp_path / "a.mlpackage", [], {}
+    export_mac(monkeypatch, [phone])
+
+    class Benchmarker:
+        def __init__(self, model, device=None):
+            self.model, self.device = model, device
+
+        async def benchmark_predict(self, inputs, iterations):
+            calls.append((self.model.compute_unit.name, self.device, self.model.get_spec(), inputs["image"], iterations))
+            base = {"CPU_ONLY": 30.0, "CPU_AND_GPU": 20.0, "CPU_AND_NE": 10.0}[self.model.compute_unit.name]
+            return types.SimpleNamespace(samples=[base + i for i in range(iterations)])
+
+    monkeypatch.setattr(export.perf_utils, "MLModelBenchmarker", Benchmarker)
+
+    def predict(self, inputs):  # what Core ML would answer: the stored program, here 1e-3 off in one value
+        program = programs.setdefault("mac", export_program(out))
+        embedding = export_run(program, torch.from_numpy(np.array(inputs["image"])))["embedding"].numpy().copy()
+        embedding[0, 0] += 0.1
+        return {"embedding": embedding}
+
+    engine = object.__new__(export.MLNeuralEngineComputeDevice)
+    usage = {"ios17.conv": engine, "ios17.gelu": engine, "ios17.softmax": "cpu", "ios17.cast": "cpu"}
+    operations = [types.SimpleNamespace(operator_name=name) for name in ["const", *usage, "unknown"]]
+    block = types.SimpleNamespace(block=types.SimpleNamespace(operations=operations))
+    plan = types.SimpleNamespace(
+        model_structure=types.SimpleNamespace(program=types.SimpleNamespace(functions={"main": block})),
+        get_compute_device_usage_for_mlprogram_operation=lambda o: types.SimpleNamespace(
+            preferred_compute_device=usage[o.operator_name]) if o.operator_name in usage else None,
+    )  # fmt: skip
+    monkeypatch.setattr(ct.models.MLModel, "predict", predict)
+    monkeypatch.setattr(ct.models.MLModel, "get_compiled_model_path", lambda self: "a.mlmodelc")
+    monkeypatch.setattr(export.MLComputePlan, "load_from_path", lambda path, compute_units: plan)
+    export_main(exported.checkpoint, "--out", out, "--runs", 11, "--iphone", "--team", "TEAM1", "--bundle", "org.x.y")
+
+    rows = json.loads((tmp_path / "export.json").read_text())["latency"]
+    units = ["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"]
+    mac, on_phone = rows[2:5], rows[5:]
+    assert [row["compute_units"] for row in mac] == [row["compute_units"] for row in on_phone] == units
+    assert all(row["difference"] == pytest.approx(0.1, abs=5e-3) for row in mac)
+    assert all(row["neural_engine_share"] == 0.5 for row in mac)  # constants and unplanned operations aside
+    assert all((row["device"], row["os"]) == ("Test iPhone", "iOS 18.1") for row in on_phone)
+    assert (on_phone[2]["median_ms"], on_phone[2]["p90_ms"], on_phone[2]["runs"]) == (15.0, 19.0, 11)
+
+    assert [call[4] for call in calls] == [export.WARM_UP, 11] * 6
+    for _, device, spec, image, _ in calls[:6]:
+        assert device is None and isinstance(image, Image.Image)
+        assert spec.description.input[0].type.WhichOneof("Type") == "imageType"
+    for _, device, spec, image, _ in calls[6:]:  # the prepared device, and a twin that takes an array
+        assert device is not phone and device.session is not None
+        assert spec.description.input[0].type.WhichOneof("Type") == "multiArrayType"
+        assert image.dtype == np.float32 and image.shape == (1, 3, 64, 64) and 0.5 < image.max() <= 1
+    assert (phone.asked["credentials"].development_team, phone.asked["credentials"].bundle_identifier) == ("TEAM1", "org.x.y")
+    assert phone.asked["stopped"]
+    printed = capsys.readouterr().out
+    assert "50% of the operations prefer the Neural Engine" in printed and re.search(r"Test iPhone +iOS 18.1", printed)
+
+
+def test_export_phone_that_refuses_gets_one_line(exported, monkeypatch, capsys):
+    class Locked(ExportPhone):
+        async def prepare_for_model_debugging(self, **_):
+            raise export.remote_device._DeviceCtlError(b"device is locked", error_code=1)
+
+    tower = export.Phone(exported.model, None)
+    args = types.SimpleNamespace(precision="fp16", runs=1, team="T", bundle="b")
+    pixels = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    call = lambda: asyncio.run(export.on_iphone(Locked(), tower, exported.model, pixels, args))
+    fails(capsys, call, "--iphone", "locked", "unlock")
 
 
 # ---------------------------------------------------------------- measurements: python test_dark.py
