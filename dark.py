@@ -436,7 +436,9 @@ def read_planes(rows, index):
 def read_hc18(rows, spacing_size, index):
     row = rows[index]
     image = Image.open(row["image"])
-    return image, caption(index, "fetal brain", age_of(row["hc_mm"]), model_spacing(image, row["pixel_mm"], spacing_size))
+    return image, caption(
+        index, "fetal brain", age_of(row["hc_mm"]), model_spacing(image, row["pixel_mm"], spacing_size)
+    )
 
 
 def open_source(source, cfg):
@@ -585,7 +587,11 @@ class Pairs(Dataset):
 
 def same_tokenizer(a, b):
     clip = open_clip.SimpleTokenizer
-    return type(a) is type(b) is clip and (a.context_length, a.clean_fn, a.reduction_fn) == (b.context_length, b.clean_fn, b.reduction_fn)
+    return type(a) is type(b) is clip and (a.context_length, a.clean_fn, a.reduction_fn) == (
+        b.context_length,
+        b.clean_fn,
+        b.reduction_fn,
+    )
 
 
 def batches(n, batch, steps, seed, rank=0, world=1):
@@ -682,7 +688,12 @@ def open_model(name, weights="", context_length=0, mean="", std="", flag="--weig
         text_cfg = {**arch["text_cfg"], **({"context_length": context_length} if context_length else {})}
         clip = open_clip.CLIP(**{**arch, "text_cfg": text_cfg})
         tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
-        preprocess = {"size": clip.visual.image_size, "mean": (0.2,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear"}
+        preprocess = {
+            "size": clip.visual.image_size,
+            "mean": (0.2,) * 3,
+            "std": (0.2,) * 3,
+            "interpolation": "bilinear",
+        }
     else:
         logging.disable(logging.ERROR)  # open_clip warns of random weights, which may well be wanted
         try:
@@ -747,9 +758,14 @@ def load_weights(clip, path, flag):
         wrong += [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
         wrong = wrong or [one_line(error)]
     if wrong:
-        fail(f"{flag} {path}: {len(wrong)} keys do not match the model: {', '.join(wrong[:4])}" + ", ..." * (len(wrong) > 4))
+        fail(
+            f"{flag} {path}: {len(wrong)} keys do not match the model: {', '.join(wrong[:4])}"
+            + ", ..." * (len(wrong) > 4)
+        )
     if positions and positions != {clip.context_length}:
-        say(f"note: {path} has {positions.pop()} text positions, resized to {clip.context_length}; see --context-length")
+        say(
+            f"note: {path} has {positions.pop()} text positions, resized to {clip.context_length}; see --context-length"
+        )
 
 
 def one_line(error):
@@ -816,7 +832,9 @@ def load_checkpoint(path):
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         fail(f"{path}: truncated, or no checkpoint ({one_line(error)})")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        fail(f"{path}: not a checkpoint of dark.py (format {FORMAT}); plain weights go with --model NAME --weights FILE")
+        fail(
+            f"{path}: not a checkpoint of dark.py (format {FORMAT}); plain weights go with --model NAME --weights FILE"
+        )
     return checkpoint
 
 
@@ -1031,7 +1049,15 @@ def train(cfg, device, student, teacher, data, path, log_path):
         now = time.perf_counter()
         speed = {"img_s": steps * cfg.batch / (now - since), "data_wait": waited / (now - since)}
         since, waited, steps = now, 0.0, 0
-        record = {"step": step, "epoch": step * cfg.batch / n, "diag": None, "off": None, **figures, "beta": beta, "lr": lr}
+        record = {
+            "step": step,
+            "epoch": step * cfg.batch / n,
+            "diag": None,
+            "off": None,
+            **figures,
+            "beta": beta,
+            "lr": lr,
+        }
         record |= {**speed, "repeated_captions": repeated, "bad": len(bad)}
         bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record))
         if rank() == 0:
@@ -1115,7 +1141,16 @@ def parse_args(argv=None):
 def check(cfg):
     """Fails on a setting that no run can use, naming the flag and what would be valid."""
     positive = ("tau", "phantom_pairs", "epochs", "lr", "clip_norm", "log_every")
-    natural = ("teacher_epochs", "micro_batch", "warmup", "weight_decay", "context_length", "spacing_size", "seed", "feature")
+    natural = (
+        "teacher_epochs",
+        "micro_batch",
+        "warmup",
+        "weight_decay",
+        "context_length",
+        "spacing_size",
+        "seed",
+        "feature",
+    )
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
         if field.type is float and not math.isfinite(value):
@@ -1192,8 +1227,10 @@ def introduce(cfg, real, trains_teacher, models):
         say("    --data 'shards/{000000..000024}.tar' --teacher-weights PATH --student-weights PATH")
     for role, model in models.items():
         tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.clip.visual, model.clip))
-        say(f"{role}: {model.name}, image tower {tower:.2f} M parameters, {whole:.2f} M in all; {model.size} px, "
-            f"mean {model.mean}, std {model.std}, {model.interpolation}; {model.context_length} tokens")
+        say(
+            f"{role}: {model.name}, image tower {tower:.2f} M parameters, {whole:.2f} M in all; {model.size} px, "
+            f"mean {model.mean}, std {model.std}, {model.interpolation}; {model.context_length} tokens"
+        )
     if trains_teacher:
         say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
 

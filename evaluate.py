@@ -49,7 +49,7 @@ WORDS = {
 PROMPTS = {task: {c: [p.format(w) for p in PHRASINGS] for c, w in words.items()} for task, words in WORDS.items()}
 PROMPTS["ga"] = [
     "Ultrasound of the fetal brain, {weeks} weeks and {day} days, {pixel_spacing} mm per pixel.",
-    "Prenatal ultrasound image showing the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
+    "An ultrasound image of the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
     "Fetal brain on ultrasound, {weeks} weeks and {day} days, {pixel_spacing} mm per pixel.",
     "Ultrasound of the fetal brain at {weeks} weeks and {day} days with a pixel spacing of {pixel_spacing} mm.",
     "{weeks} weeks and {day} days, {pixel_spacing} mm per pixel: fetal brain on ultrasound.",
@@ -123,7 +123,14 @@ def validity(similarity, hc_mm):
     counted = (hc_mm >= 100) & (hc_mm <= 342)
     inside = (low <= hc_mm) & (hc_mm <= high)
     n, valid = int(counted.sum()), int((counted & inside).sum())
-    return {"valid": valid, "n": n, "rate": valid / n if n else math.nan, "days": days, "counted": counted, "inside": inside}
+    return {
+        "valid": valid,
+        "n": n,
+        "rate": valid / n if n else math.nan,
+        "days": days,
+        "counted": counted,
+        "inside": inside,
+    }
 
 
 def geometry(features, labels):
@@ -224,7 +231,9 @@ def grid_tokens(tokenizer, template, spacings):
         return re.sub("|".join(map(re.escape, GA_FIELDS)), lambda field: values[field[0]], template)
 
     ages = tokenizer([prompt(days, spacings[0]) for days in dark.GA_DAYS], context_length=context)  # (175, context)
-    steps = tokenizer([prompt(dark.GA_DAYS[0], spacing) for spacing in spacings], context_length=context)  # (S, context)
+    steps = tokenizer(
+        [prompt(dark.GA_DAYS[0], spacing) for spacing in spacings], context_length=context
+    )  # (S, context)
     padding = tokenizer([""], context_length=context)[0, -1]
     by_age, by_spacing = (ages != ages[0]).any(0), (steps != steps[0]).any(0)
     lengths = (torch.cat([ages, steps]) != padding).sum(1)
@@ -324,9 +333,13 @@ def phantom_tables():
         image, label = dark.phantom(BENCHMARK_SEED, i)
         brain = label["view"].startswith("trans")
         plane, brain_plane = names["brain" if brain else label["view"]], label["view"].capitalize() if brain else ""
-        planes.append({"image": i, "plane": plane, "brain_plane": brain_plane, "patient": str(i // 2), "train": i % 4 > 1})
+        planes.append(
+            {"image": i, "plane": plane, "brain_plane": brain_plane, "patient": str(i // 2), "train": i % 4 > 1}
+        )
         if brain and len(heads) < BENCHMARK_HEADS:
-            heads.append({"image": i, "pixel_mm": label["pixel_mm"], "hc_mm": label["hc_mm"], "longest": max(image.size)})
+            heads.append(
+                {"image": i, "pixel_mm": label["pixel_mm"], "hc_mm": label["hc_mm"], "longest": max(image.size)}
+            )
     return planes, heads
 
 
@@ -347,7 +360,9 @@ def heads_task(model, rows, templates, args, result, drawings):
     score = validity(similarity, hc_mm)
     if not score["n"]:
         fail("--hc18: no image has a head circumference within 100 to 342 mm")
-    draws = np.random.default_rng(0).binomial(score["n"], score["rate"], 10_000) / score["n"]  # a bootstrap of 0s and 1s
+    draws = (
+        np.random.default_rng(0).binomial(score["n"], score["rate"], 10_000) / score["n"]
+    )  # a bootstrap of 0s and 1s
     counted = score["counted"]
     ages, sizes = score["days"][counted], hc_mm[counted]
     defined = len(set(ages.tolist())) > 1 and len(set(sizes.tolist())) > 1  # not when one age is predicted for all
@@ -365,7 +380,11 @@ def planes_task(model, rows, features, prompts, args, result, drawings):
     """F1-5Plane and F1-3Brain of the rows of the split. `features` belong to `rows`."""
     for key, classes, label in (
         ("f1_5plane", prompts["planes"], lambda row: PLANE_CLASS.get(row["plane"])),
-        ("f1_3brain", prompts["brain"], lambda row: row["brain_plane"].lower() if row["brain_plane"] in dark.BRAIN_PLANES else None),
+        (
+            "f1_3brain",
+            prompts["brain"],
+            lambda row: row["brain_plane"].lower() if row["brain_plane"] in dark.BRAIN_PLANES else None,
+        ),
     ):
         chosen = [i for i, row in enumerate(rows) if label(row) and (args.split == "all" or not row["train"])]
         if not chosen:
@@ -393,7 +412,9 @@ def fit_and_score(features, labels, groups, train, score, seeds=5, folds=5):
         for seed in range(seeds):
             splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
             for fit, held_out in splitter.split(x[train], y[train], groups[train]):
-                probes = [LogisticRegression(C=c, max_iter=1000).fit(x[train][fit], y[train][fit]) for c in (1, 10, 100)]
+                probes = [
+                    LogisticRegression(C=c, max_iter=1000).fit(x[train][fit], y[train][fit]) for c in (1, 10, 100)
+                ]
                 best = max(probes, key=lambda probe: macro_f1(probe.predict(x[train][held_out]), y[train][held_out]))
                 scores.append(score(best, x[~train], y[~train]))
                 bar.update()
@@ -424,7 +445,9 @@ def chd_task(model, folder, args, result):
     natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
     frames = []
     for row in table:
-        images = sorted((p for p in (Path(folder) / row["video"]).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=natural)
+        images = sorted(
+            (p for p in (Path(folder) / row["video"]).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=natural
+        )
         if not images:
             fail(f"--chd {folder}: the video {row['video']} has no frames ({', '.join(sorted(IMAGE_SUFFIXES))})")
         frames += [{"image": images[round(i)]} for i in np.linspace(0, len(images) - 1, 16)]
@@ -486,17 +509,28 @@ def draw(path, drawings):
         for axis, key in zip(axes, ("f1_5plane", "f1_3brain")):
             _, _, predicted, actual = drawings[key]
             ConfusionMatrixDisplay.from_predictions(
-                actual, predicted, normalize="true", values_format=".2f", ax=axis, xticks_rotation=45, colorbar=False, cmap="Blues"
+                actual,
+                predicted,
+                normalize="true",
+                values_format=".2f",
+                ax=axis,
+                xticks_rotation=45,
+                colorbar=False,
+                cmap="Blues",
             )
             axis.set_title(f"{key}, share of each true class")
         save(figure, "confusion")
         features, _, _, actual = drawings["f1_3brain"]
         if len(features) > 5:
-            points = TSNE(perplexity=min(30, len(features) / 4), metric="cosine", init="random", random_state=0).fit_transform(features)
+            points = TSNE(
+                perplexity=min(30, len(features) / 4), metric="cosine", init="random", random_state=0
+            ).fit_transform(features)
             figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
             for plane in sorted(set(actual)):
                 axis.scatter(*points[np.array(actual) == plane].T, s=10, label=plane)
-            axis.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", title="image embeddings of the brain planes")
+            axis.set(
+                xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", title="image embeddings of the brain planes"
+            )
             axis.legend()
             save(figure, "tsne")
 
@@ -520,7 +554,14 @@ def draw_epochs(results, path):
 
 # ---------------------------------------------------------------- command line
 
-COLUMNS = {"params": "Params", "hc18_validity": "HC18 %", "f1_5plane": "F1-5Plane", "f1_3brain": "F1-3Brain", "f1_all": "F1-all", "avg": "Avg"}
+COLUMNS = {
+    "params": "Params",
+    "hc18_validity": "HC18 %",
+    "f1_5plane": "F1-5Plane",
+    "f1_3brain": "F1-3Brain",
+    "f1_all": "F1-all",
+    "avg": "Avg",
+}
 
 
 def table(results):
@@ -531,7 +572,9 @@ def table(results):
         cells = [shown.get(key, "{:.3f}".format)(result[key]) if key in result else "-" for key in COLUMNS]
         lines.append([result["name"], *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines
+    )
 
 
 def details(result):
@@ -540,14 +583,18 @@ def details(result):
     if "hc18_n" in result:
         low, high = result["hc18_interval"]
         rho = result["hc18_spearman"]
-        yield (f"HC18: {result['hc18_valid']} of {result['hc18_n']} valid, 95 % bootstrap interval {low:.1f} to {high:.1f} %, "
-               f"Spearman's rho of age and HC {'undefined' if rho is None else format(rho, '.3f')}")
+        yield (
+            f"HC18: {result['hc18_valid']} of {result['hc18_n']} valid, 95 % bootstrap interval {low:.1f} to {high:.1f} %, "
+            f"Spearman's rho of age and HC {'undefined' if rho is None else format(rho, '.3f')}"
+        )
     for key, value in result.items():
         if key in known or key.endswith("_t95"):
             continue
         spread = f" +- {result[key + '_t95']:.3f} (95 % t-interval)" if key + "_t95" in result else ""
         for part, number in value.items() if key == "geometry" else [("", value)]:
-            numbers = ", ".join(f"{k} {v:.3f}" for k, v in number.items()) if isinstance(number, dict) else f"{number:.3f}"
+            numbers = (
+                ", ".join(f"{k} {v:.3f}" for k, v in number.items()) if isinstance(number, dict) else f"{number:.3f}"
+            )
             yield f"{key} {part}: {numbers}{spread}" if part else f"{key}: {numbers}{spread}"
 
 
@@ -566,7 +613,12 @@ def parse_args(argv=None):
     add("--std", default="", help="R,G,B of --model; default: what open_clip lists")
     add("--teacher", metavar="CHECKPOINT|NAME", help="for retention (--probe) and rank correlation (--geometry)")
     add("--teacher-weights", metavar="FILE|TAG", default="", help="weights of a --teacher by name")
-    add("--spacing-size", type=int, default=0, help="pixels: prompts state mm per pixel at this size; 0: the model's input")
+    add(
+        "--spacing-size",
+        type=int,
+        default=0,
+        help="pixels: prompts state mm per pixel at this size; 0: the model's input",
+    )
     add("--probe", action="store_true", help="linear probes (Table 5)")
     add("--chd", metavar="DIR", help="DIR/labels.csv and a folder of frames per video: linear probes on videos")
     add("--geometry", action="store_true", help="shape of the embeddings and of the logits (Table 4)")
@@ -640,24 +692,41 @@ def main(argv=None):
     prompts = PROMPTS
     if args.prompts:
         given = read_prompts(args.prompts, needed)
-        prompts = {task: {c: given[c] for c in PROMPTS[task]} for task in ("planes", "brain") if planes} | {"ga": given.get("ga")}
+        prompts = {task: {c: given[c] for c in PROMPTS[task]} for task in ("planes", "brain") if planes} | {
+            "ga": given.get("ga")
+        }
     models, teacher = open_models(args)
     if args.phantom:
         print(f"No --planes or --hc18: the phantom benchmark, {len(planes)} synthetic images that no run trains on.")
     teacher_result, teacher_drawings = measure(teacher, planes, [], prompts, args) if teacher else ({}, {})
 
-    home = Path(args.checkpoints[0] if args.checkpoints else args.weights if Path(args.weights).is_file() else "results.json").parent
+    home = Path(
+        args.checkpoints[0] if args.checkpoints else args.weights if Path(args.weights).is_file() else "results.json"
+    ).parent
     results = []
     for name, model, epoch in models:
         result, drawings = measure(model, planes, heads, prompts, args)
         if args.geometry:
             geometry_task(model, drawings, result, teacher_drawings)
-        for key in [k for k in result if k.startswith(("probe_", "chd_")) and not k.endswith("_t95") and k in teacher_result]:
+        for key in [
+            k for k in result if k.startswith(("probe_", "chd_")) and not k.endswith("_t95") and k in teacher_result
+        ]:
             result[f"{key}_retention_percent"] = 100 * result[key] / teacher_result[key]
         benchmark = "phantom" if args.phantom else "public"
-        results.append({"name": name, **({} if epoch is None else {"epoch": epoch}), **result, "split": args.split, "benchmark": benchmark})
+        results.append(
+            {
+                "name": name,
+                **({} if epoch is None else {"epoch": epoch}),
+                **result,
+                "split": args.split,
+                "benchmark": benchmark,
+            }
+        )
         if args.plots:
-            draw(home / (Path(name).stem if epoch is not None else args.model.replace("/", "-").replace(":", "-")), drawings)
+            draw(
+                home / (Path(name).stem if epoch is not None else args.model.replace("/", "-").replace(":", "-")),
+                drawings,
+            )
     print(table(results))
     for result in results:
         for line in details(result):

@@ -78,7 +78,16 @@ def reference(image, text, scale, t_image, t_text, t_scale, beta, diag=1.0, tau=
     return clip + diag * kd_diag + beta * kd_off, {"clip": clip, "diag": kd_diag, "off": kd_off}
 
 
-@pytest.mark.parametrize("weights", [dict(beta=2.0), dict(beta=-1.6), dict(beta=0.3, diag=0.3, smooth=0.1), dict(beta=0.0, diag=0.0), dict(beta=-0.8, tau=1.0)])  # fmt: skip
+WEIGHTS = [
+    dict(beta=2.0),
+    dict(beta=-1.6),
+    dict(beta=0.3, diag=0.3, smooth=0.1),
+    dict(beta=0.0, diag=0.0),
+    dict(beta=-0.8, tau=1.0),
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_loss_and_gradient_equal_the_loops(weights):
     ours, loops = random_batch(), random_batch()
     for batch in (ours, loops):
@@ -496,15 +505,20 @@ def test_teacher_and_student_see_one_view_at_their_own_sizes():
         assert np.abs(pixels.permute(1, 2, 0).numpy() * 255 - expected).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"]
+)
 def test_every_mode_becomes_eight_bit(mode):
     ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     if mode == "I;16":
         image = Image.fromarray(ramp.astype(np.uint16) * 257)
-    elif mode in ("I", "F"):
-        image = Image.fromarray((ramp.astype(np.int32) * 257) if mode == "I" else ramp.astype(np.float32) / 255)
+    elif mode == "I":
+        image = Image.fromarray(ramp.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(ramp.astype(np.float32) / 255)
     else:
-        image = Image.fromarray(ramp).convert("RGB").convert(mode) if mode in ("LAB",) else Image.fromarray(ramp).convert("RGB").convert("L" if mode in ("LA", "PA") else "RGB").convert(mode) if mode != "LAB" else None  # fmt: skip
+        image = Image.fromarray(ramp).convert("L" if mode in ("LA", "PA") else "RGB").convert(mode)
+    assert image.mode == mode
     eight = dark.to_8bit(image)
     assert eight.mode in ("L", "RGB")
     values = np.asarray(eight.convert("L"), np.int64)[0]
@@ -524,7 +538,12 @@ def test_transparent_pixels_are_black():
 def test_square_pads_with_zeros_in_the_centre():
     image = dark.square(Image.new("L", (80, 40), 255), 80, "bicubic")
     column = np.asarray(image)[:, 40]
-    assert image.size == (80, 80) and (column[:20] == 0).all() and (column[20:60] == 255).all() and (column[60:] == 0).all()
+    assert (
+        image.size == (80, 80)
+        and (column[:20] == 0).all()
+        and (column[20:60] == 255).all()
+        and (column[60:] == 0).all()
+    )
     assert dark.square(Image.new("RGB", (30, 90), (1, 2, 3)), 32, "bilinear").size == (32, 32)
 
 
@@ -561,7 +580,9 @@ def test_phantom_is_deterministic_and_to_scale():
 
 def test_who_curve():
     t = 20.0
-    by_hand = math.exp(2.09924879247164 + 0.253373656106037 * t - 0.00605647816678282 * t**2 + 0.0000514256072059917 * t**3)
+    by_hand = math.exp(
+        2.09924879247164 + 0.253373656106037 * t - 0.00605647816678282 * t**2 + 0.0000514256072059917 * t**3
+    )
     assert dark.who_hc(140) == pytest.approx(by_hand) and 170 < by_hand < 180
 
 
@@ -624,7 +645,12 @@ def test_paper_student_and_preprocessing(tmp_path):
 
 def test_preprocessing_of_other_models():
     model = dark.open_model("ViT-S-32", mean="0.1,0.2,0.3", std="1,1,2")
-    assert model.mean == (0.1, 0.2, 0.3) and model.std == (1, 1, 2) and model.interpolation == "bicubic" and model.size == 224
+    assert (
+        model.mean == (0.1, 0.2, 0.3)
+        and model.std == (1, 1, 2)
+        and model.interpolation == "bicubic"
+        and model.size == 224
+    )
     pixels = model.pixels(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([0.9, 0.8, 0.35]))
 
@@ -652,11 +678,28 @@ def test_weights_that_do_not_match_are_an_error(tmp_path, capsys):
     state = dark.open_model("demo-vit").clip.state_dict()
     path = tmp_path / "w.pt"
     torch.save({k: v for k, v in state.items() if k != "ln_final.weight"} | {"extra": torch.zeros(1)}, path)
-    fails(capsys, lambda: dark.open_model("demo-vit", str(path)), "w.pt", "2 keys", "missing ln_final.weight", "unexpected extra")
-    fails(capsys, lambda: dark.open_model("demo-fastvit", str(path)), "w.pt", "keys", "positional_embedding is (40, 128), not (40, 64)")
+    fails(
+        capsys,
+        lambda: dark.open_model("demo-vit", str(path)),
+        "w.pt",
+        "2 keys",
+        "missing ln_final.weight",
+        "unexpected extra",
+    )
+    fails(
+        capsys,
+        lambda: dark.open_model("demo-fastvit", str(path)),
+        "w.pt",
+        "keys",
+        "positional_embedding is (40, 128), not (40, 64)",
+    )
     path.write_bytes(b"garbage")
     fails(capsys, lambda: dark.open_model("demo-vit", str(path)), "w.pt")
-    fails(capsys, lambda: dark.open_model("demo-vit", "nowhere.pt", flag="--student-weights"), "--student-weights nowhere.pt")
+    fails(
+        capsys,
+        lambda: dark.open_model("demo-vit", "nowhere.pt", flag="--student-weights"),
+        "--student-weights nowhere.pt",
+    )
     fails(capsys, lambda: dark.open_model("MobileCLIP2-S0", "openai"), "openai", "dfndr2b")
     fails(capsys, lambda: dark.open_model("ViT-L-15"), "ViT-L-15", "ViT-L-14")
     fails(capsys, lambda: dark.open_model("ViT-S-32", mean="1,2"), "1,2")
@@ -677,7 +720,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
 
 # ---------------------------------------------------------------- the runs
 
-SMALL = ["--phantom-pairs", "36", "--batch", "8", "--epochs", "2", "--teacher-epochs", "1", "--warmup", "2", "--workers", "0", "--log-every", "1"]  # fmt: skip
+SMALL = "--phantom-pairs 36 --batch 8 --epochs 2 --teacher-epochs 1 --warmup 2 --workers 0 --log-every 1".split()
 
 
 def run(out, *flags):
@@ -694,12 +737,20 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_what_it_says(finished):
     out, checkpoint, log = finished
-    assert {p.name for p in out.iterdir()} == {"student.pt", "log.jsonl", "curves.png", "teacher.pt", "teacher_log.jsonl"}
+    assert {p.name for p in out.iterdir()} == {
+        "student.pt",
+        "log.jsonl",
+        "curves.png",
+        "teacher.pt",
+        "teacher_log.jsonl",
+    }
     assert [record["step"] for record in log] == list(range(9))  # 2 epochs of 36 pairs in batches of 8
     wanted = "step epoch loss clip diag off beta logit_scale lr grad_norm img_s data_wait".split()
     for record in log:
         assert set(wanted) <= record.keys() and all(math.isfinite(record[k]) for k in wanted)
-        assert record["loss"] == pytest.approx(record["clip"] + record["diag"] + record["beta"] * record["off"], rel=1e-4)
+        assert record["loss"] == pytest.approx(
+            record["clip"] + record["diag"] + record["beta"] * record["off"], rel=1e-4
+        )
         assert record["beta"] == pytest.approx(dark.beta_at(record["step"], 9, 2.0, -0.8))
         assert record["logit_scale"] <= 100
     assert log[0]["beta"] > 0 > log[-1]["beta"]
@@ -771,14 +822,24 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path, stage):
     for name, value in finished[1]["state_dict"].items():
         assert torch.equal(value, checkpoint["state_dict"][name]), name
     assert [r["step"] for r in records] == list(range(9))
-    timing = ("img_s", "data_wait")
-    assert [{k: v for k, v in r.items() if k not in timing} for r in records] == [{k: v for k, v in r.items() if k not in timing} for r in finished[2]]  # fmt: skip
+    without_timing = lambda log: [{k: v for k, v in r.items() if k not in ("img_s", "data_wait")} for r in log]
+    assert without_timing(records) == without_timing(finished[2])
 
 
 def test_two_processes_train(tmp_path):
     out = tmp_path / "out"
     flags = [*SMALL, "--ablation", "no-kd", "--epochs", "1", "--device", "cpu", "--out", str(out)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(HERE / "dark.py"), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29517",
+        str(HERE / "dark.py"),
+        *flags,
+    ]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
     assert torch.load(out / "student.pt", weights_only=True)["step"] == 4
@@ -800,7 +861,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @needs_hc18
 def test_real_shards_train(tmp_path):
-    flags = ["--data", str(HC18 / "train-{000000..000001}.tar"), f"hc18:{HC18 / 'val'}", "--ablation", "no-kd", "--batch", "32", "--epochs", "1"]
+    flags = [
+        "--data",
+        str(HC18 / "train-{000000..000001}.tar"),
+        f"hc18:{HC18 / 'val'}",
+        "--ablation",
+        "no-kd",
+        "--batch",
+        "32",
+        "--epochs",
+        "1",
+    ]
     checkpoint, log = run(tmp_path / "out", *flags)
     assert len(log) == (290 + 91) // 32 and log[-1]["clip"] < log[0]["clip"]
 
@@ -853,7 +924,12 @@ def test_a_tag_without_network_names_the_flag(capsys, monkeypatch):
         raise RuntimeError("Failed to download weights for tag 'openai': no network")
 
     monkeypatch.setattr(open_clip, "create_model", refuse)
-    fails(capsys, lambda: dark.open_model("ViT-L-14", "openai", flag="--teacher-weights"), "--teacher-weights openai", "--teacher-weights PATH")
+    fails(
+        capsys,
+        lambda: dark.open_model("ViT-L-14", "openai", flag="--teacher-weights"),
+        "--teacher-weights openai",
+        "--teacher-weights PATH",
+    )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -862,7 +938,9 @@ def test_a_tag_without_network_names_the_flag(capsys, monkeypatch):
 def test_macro_f1_against_scikit_learn():
     from sklearn.metrics import f1_score
 
-    assert evaluate.macro_f1(["a", "a", "b", "c"], ["a", "b", "b", "b"]) == pytest.approx((2 / 3 + 1 / 2) / 2)  # c occurs in neither
+    assert evaluate.macro_f1(["a", "a", "b", "c"], ["a", "b", "b", "b"]) == pytest.approx(
+        (2 / 3 + 1 / 2) / 2
+    )  # c occurs in neither
     rng = np.random.default_rng(0)
     for _ in range(20):
         actual, predicted = rng.integers(0, 4, 50), rng.integers(0, 9, 50)  # nine to choose from, four occur
@@ -904,7 +982,9 @@ def test_percentiles_enclose_the_median():
     assert len(t) == 175 and t[0] == 98 and t[-1] == 272
     low, high = dark.who_hc(t, evaluate.WHO_HC_2_5), dark.who_hc(t, evaluate.WHO_HC_97_5)
     assert (low < dark.who_hc(t)).all() and (dark.who_hc(t) < high).all()
-    assert high[0] == pytest.approx(math.exp(2.50074069629423 + 0.220067854715719 * 14 - 0.00493623111462443 * 196 + 0.0000389066000946519 * 2744))
+    assert high[0] == pytest.approx(
+        math.exp(2.50074069629423 + 0.220067854715719 * 14 - 0.00493623111462443 * 196 + 0.0000389066000946519 * 2744)
+    )
 
 
 @pytest.mark.parametrize("name", ["demo-fastvit", "causal-custom", "bidirectional"])
@@ -932,7 +1012,9 @@ def test_age_similarity_equals_the_direct_form(name):
                 text = F.normalize(clip.encode_text(model.tokenizer(texts)), dim=-1)
                 assert similarity[i, column] == pytest.approx((image @ text.T).mean().item(), abs=1e-5)
     features = F.normalize(clip.encode_image(images), dim=-1).detach()
-    torch.testing.assert_close(evaluate.ga_similarity(clip, model.tokenizer, features, pixel_mm, templates), similarity, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        evaluate.ga_similarity(clip, model.tokenizer, features, pixel_mm, templates), similarity, atol=1e-5, rtol=0
+    )
 
 
 def test_a_grid_prompt_that_would_be_cut_is_an_error(capsys):
@@ -948,7 +1030,9 @@ def test_class_embeddings_average_normalised_prompts():
     prompts = {"a": ["one", "a much longer prompt on two"], "b": ["three"]}
     with torch.no_grad():
         encode = lambda text: F.normalize(model.clip.encode_text(model.tokenizer([text]))[0], dim=-1)
-        expected = torch.stack([F.normalize(encode("one") + encode("a much longer prompt on two"), dim=-1), encode("three")])
+        expected = torch.stack(
+            [F.normalize(encode("one") + encode("a much longer prompt on two"), dim=-1), encode("three")]
+        )
     torch.testing.assert_close(evaluate.class_embeddings(model, prompts), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -968,10 +1052,14 @@ def test_t_interval():
 
 
 def test_default_prompts_have_the_published_classes():
-    assert set(evaluate.PROMPTS["planes"]) == set("abdomen brain femur heart kidney lips_nose profile_patient spine cervix".split())
+    assert set(evaluate.PROMPTS["planes"]) == set(
+        "abdomen brain femur heart kidney lips_nose profile_patient spine cervix".split()
+    )
     assert list(evaluate.PROMPTS["brain"]) == ["trans-thalamic", "trans-cerebellum", "trans-ventricular"]
     assert all(len(set(p)) == 5 for task in ("planes", "brain") for p in evaluate.PROMPTS[task].values())
-    assert len(set(evaluate.PROMPTS["ga"])) == 5 and all(f in t for t in evaluate.PROMPTS["ga"] for f in evaluate.GA_FIELDS)
+    assert len(set(evaluate.PROMPTS["ga"])) == 5 and all(
+        f in t for t in evaluate.PROMPTS["ga"] for f in evaluate.GA_FIELDS
+    )
 
 
 @pytest.fixture
@@ -1021,7 +1109,9 @@ def test_evaluate_on_published_layouts(finished, tmp_path, capsys):
         evaluate.macro_f1 = original
     (result,) = json.loads((finished[0] / "results.json").read_text())
     assert result["hc18_n"] == 2 and result["split"] == "test"
-    assert sorted(seen[5][1]) == sorted(["abdomen", "femur", "heart", "cervix"] + ["brain"] * 4)  # `Other` is out, Train 0 in
+    assert sorted(seen[5][1]) == sorted(
+        ["abdomen", "femur", "heart", "cervix"] + ["brain"] * 4
+    )  # `Other` is out, Train 0 in
     assert sorted(seen[3][1]) == sorted(evaluate.PROMPTS["brain"])
     evaluate.main([student, "--planes", str(planes), "--workers", "0"])
     (result,) = json.loads((finished[0] / "results.json").read_text())
@@ -1032,7 +1122,9 @@ def test_evaluate_on_published_layouts(finished, tmp_path, capsys):
 def test_any_model_with_its_own_statistics(finished, benchmark, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     weights = str(finished[0] / "student.pt")
-    evaluate.main(["--model", "demo-fastvit", "--weights", weights, "--mean", "0.5,0.5,0.5", "--std", "1,1,1", "--workers", "0"])
+    evaluate.main(
+        ["--model", "demo-fastvit", "--weights", weights, "--mean", "0.5,0.5,0.5", "--std", "1,1,1", "--workers", "0"]
+    )
     (other,) = json.loads((finished[0] / "results.json").read_text())
     evaluate.main(["--model", "demo-fastvit", "--weights", weights, "--workers", "0"])
     (same,) = json.loads((finished[0] / "results.json").read_text())
@@ -1061,17 +1153,21 @@ def test_chd_videos(finished, tmp_path):
 def test_probe_separates_what_is_separable():
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 2
-    features = torch.from_numpy(F.normalize(torch.tensor(rng.normal(size=(200, 8)) + 3 * labels[:, None]), dim=-1).numpy())
+    features = torch.from_numpy(
+        F.normalize(torch.tensor(rng.normal(size=(200, 8)) + 3 * labels[:, None]), dim=-1).numpy()
+    )
     f1 = lambda probe, x, y: evaluate.macro_f1(probe.predict(x), y)
     scores = evaluate.fit_and_score(features, labels, np.arange(200) // 2, np.arange(200) < 150, f1)
     assert len(scores) == 25 and np.mean(scores) > 0.95
-    shuffled = evaluate.fit_and_score(features, rng.permutation(labels), np.arange(200) // 2, np.arange(200) < 150, f1, seeds=1)
+    shuffled = evaluate.fit_and_score(
+        features, rng.permutation(labels), np.arange(200) // 2, np.arange(200) < 150, f1, seeds=1
+    )
     assert np.mean(shuffled) < 0.7
 
 
 def test_evaluation_mistakes_get_one_line(finished, tmp_path, capsys):
     student = str(finished[0] / "student.pt")
-    measure = lambda *flags: (lambda: evaluate.main([*flags, "--workers", "0"]))
+    measure = lambda *flags: lambda: evaluate.main([*flags, "--workers", "0"])
     results = finished[0] / "results.json"
     results.unlink(missing_ok=True)
     fails(capsys, measure(str(tmp_path / "none.pt")), "none.pt")
@@ -1154,8 +1250,12 @@ EXPORT_MIL = {
         F.pad(x, [*pad[2:], *pad[:2]] if pad_type == "custom" else [0] * 4), weight, bias, strides, 0, dilations, groups
     ),
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
-    "matmul": lambda x, y, transpose_x=False, transpose_y=False: (x.mT if transpose_x else x) @ (y.mT if transpose_y else y),
-    "batch_norm": lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon),
+    "matmul": lambda x, y, transpose_x=False, transpose_y=False: (
+        (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
+    ),
+    "batch_norm": lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(
+        x, mean, variance, gamma, beta, eps=epsilon
+    ),
     "gelu": lambda x, mode: F.gelu(x, approximate={"EXACT": "none", "TANH_APPROXIMATION": "tanh"}[mode]),
     "relu": lambda x: x.relu(),
     "sigmoid": lambda x: x.sigmoid(),
@@ -1245,7 +1345,9 @@ def test_export_metadata(exported):
     import hashlib
 
     metadata, user = exported.spec.description.metadata, dict(exported.spec.description.metadata.userDefined)
-    assert metadata.author and metadata.license and metadata.versionString and "demo-fastvit" in metadata.shortDescription
+    assert (
+        metadata.author and metadata.license and metadata.versionString and "demo-fastvit" in metadata.shortDescription
+    )
     assert user["checkpoint_sha256"] == hashlib.sha256(exported.checkpoint.read_bytes()).hexdigest()
     assert json.loads(user["mean"]) == [0.3, 0.4, 0.5] and json.loads(user["std"]) == [0.2, 0.25, 0.3]
     assert json.loads(user["labels"]) == list(evaluate.PROMPTS["planes"])
@@ -1278,7 +1380,9 @@ def test_export_stores_the_fused_weights(exported):
         np.testing.assert_array_equal(stored, weight.detach().half().numpy())
     (classes,) = [v for v in consts.values() if isinstance(v, np.ndarray) and v.shape == (9, 64)]
     with torch.no_grad():
-        matrix = exported.model.clip.logit_scale.exp() * evaluate.class_embeddings(exported.model, evaluate.PROMPTS["planes"])
+        matrix = exported.model.clip.logit_scale.exp() * evaluate.class_embeddings(
+            exported.model, evaluate.PROMPTS["planes"]
+        )
     assert classes.dtype == np.float32
     np.testing.assert_allclose(classes, matrix.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -1608,7 +1712,9 @@ def test_export_on_a_mac_with_a_phone(exported, tmp_path, monkeypatch, capsys):
             self.model, self.device = model, device
 
         async def benchmark_predict(self, inputs, iterations):
-            calls.append((self.model.compute_unit.name, self.device, self.model.get_spec(), inputs["image"], iterations))
+            calls.append(
+                (self.model.compute_unit.name, self.device, self.model.get_spec(), inputs["image"], iterations)
+            )
             base = {"CPU_ONLY": 30.0, "CPU_AND_GPU": 20.0, "CPU_AND_NE": 10.0}[self.model.compute_unit.name]
             return types.SimpleNamespace(samples=[base + i for i in range(iterations)])
 
@@ -1651,7 +1757,10 @@ def test_export_on_a_mac_with_a_phone(exported, tmp_path, monkeypatch, capsys):
         assert device is not phone and device.session is not None
         assert spec.description.input[0].type.WhichOneof("Type") == "multiArrayType"
         assert image.dtype == np.float32 and image.shape == (1, 3, 64, 64) and 0.5 < image.max() <= 1
-    assert (phone.asked["credentials"].development_team, phone.asked["credentials"].bundle_identifier) == ("TEAM1", "org.x.y")
+    assert (phone.asked["credentials"].development_team, phone.asked["credentials"].bundle_identifier) == (
+        "TEAM1",
+        "org.x.y",
+    )
     assert phone.asked["stopped"]
     printed = capsys.readouterr().out
     assert "50% of the operations prefer the Neural Engine" in printed and re.search(r"Test iPhone +iOS 18.1", printed)
@@ -1667,6 +1776,21 @@ def test_export_phone_that_refuses_gets_one_line(exported, monkeypatch, capsys):
     pixels = torch.zeros(64, 64, 3, dtype=torch.uint8)
     call = lambda: asyncio.run(export.on_iphone(Locked(), tower, exported.model, pixels, args))
     fails(capsys, call, "--iphone", "locked", "unlock")
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_readme_knows_every_flag_and_its_snippet_runs():
+    readme = (HERE / "README.md").read_text()
+    for field in dataclasses.fields(dark.Config):
+        assert f"| `--{field.name.replace('_', '-')}` |" in readme
+    for name in dark.ABLATIONS:
+        assert f"`{name}`" in readme
+    snippet = re.search(r"```python\n(import torch\nfrom dark import .*?)```", readme, re.DOTALL)[1]
+    namespace = {}
+    exec(snippet, namespace)
+    assert math.isfinite(namespace["loss"].item()) and namespace["log_scale"].grad is not None
 
 
 # ---------------------------------------------------------------- measurements: python test_dark.py
