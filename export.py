@@ -186,12 +186,18 @@ def fuse(tower, images):
 
 
 def fuse_and_check(tower, images):
-    """-> the fused tower and the difference; stops when fusing changes what the tower computes."""
+    """-> the fused tower and the difference, or the tower itself and None where there is nothing to fuse, as in a ViT.
+
+    Stops when fusing changes what the tower computes.
+    """
+    if timm.utils.reparameterize_model(tower).state_dict().keys() == tower.state_dict().keys():
+        print("fused: nothing to fuse in this tower")
+        return tower, None
     fused, difference, spread = fuse(tower, images)
     if not spread >= SPREAD:  # hardly trained: then fusing must also be right where a mistake would show
         _, on_livened, spread = fuse(livened(copy.deepcopy(tower), images), images)
         difference = max(difference, on_livened)
-    print(f"fused: embeddings of {len(images)} images change by at most {difference:.1e} relative; apart {spread:.2g}")
+    print(f"fused: {len(images)} embeddings, at least {spread:.2g} apart, change by at most {difference:.1e} relative")
     if not spread >= SPREAD:
         fail(f"all images look alike to this model ({spread:.1e} apart), so fusing cannot be checked")
     if not difference <= TOLERANCE:
@@ -459,13 +465,13 @@ def main(argv=None):
     before, after = (sum(p.numel() for p in tower.visual.parameters()) for tower in (trained, fused))
     macs = count_macs(fused, model.size)
     kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in macs.items())
-    print(f"parameters: {after / 1e6:.2f} M in the fused image tower, {before / 1e6:.2f} M before fusing")
+    print(f"parameters: {after / 1e6:.2f} M in the image tower ({before / 1e6:.2f} M before fusing)")
     print(f"GMACs: {sum(macs.values()):.2f}, multiply-accumulates of one image through the fused tower: {kinds}")
     print(f"package: {args.out}, {args.precision}, {size / 1e6:.2f} MB on disk, made in {seconds:.0f} s")
 
     pixels = (images[3] * 255).round().byte().permute(1, 2, 0).contiguous()  # (S, S, 3) uint8
     image = (pixels / 255).permute(2, 0, 1)[None]  # (1, 3, S, S), channels last in memory
-    branched = fused.state_dict().keys() != trained.state_dict().keys()  # a ViT has nothing to fuse
+    branched = fused is not trained
     towers = {"PyTorch unfused": trained, "PyTorch fused": fused} if branched else {"PyTorch": fused}
     latency = []
     for runtime, tower in towers.items():

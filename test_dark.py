@@ -285,6 +285,11 @@ def tiny_towers(project_to=0, **more):
         dark.embedding_size = original
 
 
+def same(a, b):
+    """Up to fp32 rounding: plain accumulation, or a gather without gradient, is off by tens of percent."""
+    return (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+
+
 def gradients(net):
     return {name: p.grad.clone() for name, p in net.named_parameters()}
 
@@ -304,7 +309,7 @@ def test_micro_batches_give_the_full_batch_gradient(feature):
     assert ("feature" in found[0][1]) == bool(feature)
     for name, gradient in found[0][2].items():
         assert gradient.abs().max() > 0 or "bias" in name, name
-        torch.testing.assert_close(found[1][2][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert same(found[1][2][name], gradient), name
 
 
 def test_both_passes_of_a_micro_batch_drop_the_same_patches():
@@ -351,7 +356,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     for rank in range(2):
         for chunk in (4, 2):  # 2: with micro-batches
             for name, gradient in torch.load(tmp_path / f"gradient{chunk}-{rank}.pt", weights_only=True).items():
-                torch.testing.assert_close(gradient, net.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+                assert same(gradient, net.get_parameter(name).grad), name
 
 
 def test_gather_is_the_identity_without_a_group():
