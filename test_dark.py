@@ -696,7 +696,7 @@ def test_weights_that_do_not_match_are_an_error(tmp_path, capsys):
         lambda: dark.open_model("demo-fastvit", str(path)),
         "w.pt",
         "keys",
-        "positional_embedding is (40, 128), not (40, 64)",
+        "text_projection is (64, 128), not (64, 64)",
     )
     path.write_bytes(b"garbage")
     fails(capsys, lambda: dark.open_model("demo-vit", str(path)), "w.pt")
