@@ -33,6 +33,7 @@ import struct
 import sys
 import tarfile
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,7 @@ class Config:
     epochs: int = 20  # passes over the data
     teacher_epochs: int = 0  # the same for a teacher that is trained first; 0: as many as epochs
     batch: int = 1024  # N, pairs in a batch over all processes; the loss sees all of them
-    micro_batch: int = 0  # pairs that a process holds activations for at a time; 0: its whole share of N
+    micro_batch: int = 0  # pairs that a process embeds at a time (batch norm sees these); 0: its whole share of N
     lr: float = 1e-5  # peak learning rate (AdamW, betas 0.9 and 0.98, eps 1e-6)
     warmup: int = 500  # optimizer steps of linear warm-up before the cosine
     weight_decay: float = 0.1  # on matrices and kernels only
@@ -99,7 +100,7 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     log_every: int = 10  # optimizer steps between two lines of log.jsonl
     resume: bool = False  # go on from the checkpoint in --out
-    overwrite: bool = False  # discard the run in --out
+    overwrite: bool = False  # discard the run in --out (a finished teacher that fits is kept)
 
 
 # Table 3. Coupled rows give both weights one schedule lambda(t) = Eq. 7; r = 1 is a constant.
@@ -127,7 +128,7 @@ DEMONSTRATION = dict(
 
 
 def beta_at(step: int, total: int, beta0: float, r: float) -> float:
-    """Weight of the off-diagonal at optimizer step `step` of `total` (Eq. 5/7): beta0 at 0, r * beta0 at `total`.
+    """Weight of the off-diagonal at optimizer step `step` of `total` (Eq. 7): beta0 at 0, r * beta0 at `total`.
 
     It crosses zero at step total / (1 - r).
     """
@@ -176,15 +177,17 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, t
             p_rows.fill_diagonal_(0)
             p_cols.fill_diagonal_(0)
             rest_rows, rest_cols = p_rows.sum(1), p_cols.sum(0)  # sum of p_ij over j != i, (N,) each
-            p_off = p_rows.add_(p_cols)
+            p_off = p_rows.add_(p_cols)  # both meet the same logits below; in place, which spares an (N, N)
 
         # -log softmax(S) = lse - S. Both directions share S: the other one's logits are its transpose.
         logits = (scale * image) @ text.T  # (N, N): rows images, columns texts
         lse_rows, lse_cols = logits.logsumexp(1), logits.logsumexp(0)  # (N,) each
         nll_rows, nll_cols = lse_rows - logits.diagonal(), lse_cols - logits.diagonal()
 
-        # Eq. 1, and Eq. 3 split as in Eq. 6: H(p, q) = sum_j p_ij (lse_i - S_ij), its j = i and its j != i terms.
+        # Eq. 1
         clip_loss = (nll_rows + nll_cols).mean() / 2
+        # Eq. 3, H(p, q) = sum_j p_ij (lse_i - S_ij), split as in Eq. 6. Its j = i term is p_ii nll_i; its j != i terms
+        # are (sum of their p_ij) lse_i - sum of p_ij S_ij.
         kd_diag = (match_rows * nll_rows + match_cols * nll_cols).mean() / 2
         kd_off = (rest_rows * lse_rows + rest_cols * lse_cols - torch.linalg.vecdot(p_off, logits)).mean() / 2
 
@@ -210,6 +213,49 @@ MAX_LOG_SCALE = math.log(100) - 1e-6  # a hair less, so that exp() stays at most
 def clamp_scale(clip):
     """Bounds the logit scale to 100: part of the method, see `dark_loss`."""
     clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
+
+
+# ---------------------------------------------------------------- processes and messages
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))  # set by torchrun
+
+
+def say(message):
+    if rank() == 0:
+        tqdm.write(message)
+
+
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every machine: it may be the only one that lacks the file
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def stop(message):
+    """Something went wrong in the middle of a run: one line on stderr, exit code 1."""
+    sys.exit(f"\n{Path(sys.argv[0]).name}: stopped: {message}")
+
+
+def one_line(error):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def everyones(indices):
+    """The union of a set of indices over the processes."""
+    if not dist.is_initialized():
+        return indices
+    sets = [None] * dist.get_world_size()
+    dist.all_gather_object(sets, indices)
+    return set().union(*sets)
 
 
 # ---------------------------------------------------------------- data: what is read
@@ -458,6 +504,8 @@ def open_source(source, cfg):
         return [(source, len(rows), partial(read_hc18, rows, cfg.spacing_size))]
     paths = []
     for pattern in braceexpand(source):
+        if os.path.isdir(pattern):
+            fail(f"{flag}: {pattern} is a folder; give '{pattern}/*.tar', planes:{pattern} or hc18:{pattern}")
         found = sorted(glob.glob(pattern)) or [pattern] * os.path.isfile(pattern)
         if not found:
             fail(f"{flag}: no file matches {pattern} (valid: phantom, planes:DIR, hc18:DIR or a pattern of tars)")
@@ -476,7 +524,8 @@ def to_8bit(image):
     if image.mode[0] in "IF":  # I, I;16, I;16B, F: Pillow's own convert() would clip at 255
         values = np.asarray(image, np.float64)
         top = values.max(initial=0)
-        full = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 and image.mode in "IF" else 65535
+        shallow = top <= 255 and image.mode in ("I", "F")  # I;16 is always 16 bits deep
+        full = 1 if image.mode == "F" and top <= 1 else 255 if shallow else 65535
         return Image.fromarray(np.clip(values * (255 / full) + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV"):
         return image.convert("L" if image.mode == "1" else "RGB")
@@ -537,11 +586,12 @@ class Pairs(Dataset):
     and to resize for the smaller model, is done for whole batches on the device.
     """
 
-    def __init__(self, cfg, models):
-        self.sources = [part for source in cfg.data for part in open_source(source, cfg)]
+    def __init__(self, cfg, models, sources=None):
+        self.sources = sources or [part for source in cfg.data for part in open_source(source, cfg)]
         self.ends = np.cumsum([n for _, n, _ in self.sources])
         self.seed = cfg.seed
-        self.size, self.interpolation = max((m.size, m.interpolation) for m in models)
+        largest = max(models, key=lambda m: m.size)  # of equals the first, the student
+        self.size, self.interpolation = largest.size, largest.interpolation
         self.tokenizers = [m.tokenizer for m in models]
 
     def __len__(self):
@@ -594,15 +644,15 @@ def same_tokenizer(a, b):
     )
 
 
-def batches(n, batch, steps, seed, rank=0, world=1):
-    """Yields the (epoch, index) pairs of every optimizer step in range(*steps), this rank's share of each.
+def batches(n, batch, steps, seed, process=0, world=1):
+    """Yields the (epoch, index) pairs of every optimizer step in range(*steps), this process's share of each.
 
     The epochs are permutations of n that depend on (seed, epoch) alone, laid end to end and cut into batches:
     every pair once an epoch, all batches of one size, and any step can be entered without those before it.
     """
     order = {}
     for step in range(*steps):
-        first = step * batch + rank * (batch // world)
+        first = step * batch + process * (batch // world)
         positions = range(first, first + batch // world)
         epochs = {positions[0] // n, positions[-1] // n}
         order = {e: order[e] if e in order else np.random.default_rng([seed, e]).permutation(n) for e in epochs}
@@ -748,7 +798,7 @@ def load_weights(clip, path, flag):
     except (RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError, StopIteration) as error:
         fail(f"{flag} {path}: no state dict ({one_line(error)})")
     except (pickle.UnpicklingError, SafetensorError) as error:
-        fail(f"{flag} {path}: no weights file ({one_line(error)})")
+        fail(f"{flag} {path}: no weights file that can be read safely ({type(error).__name__})")
     try:
         result = open_clip.load_checkpoint(clip, path, strict=False)
         wrong = [f"missing {k}" for k in result.missing_keys] + [f"unexpected {k}" for k in result.unexpected_keys]
@@ -768,28 +818,7 @@ def load_weights(clip, path, flag):
         )
 
 
-def one_line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."
-
-
-# ---------------------------------------------------------------- checkpoints and messages
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
-
-
-def say(message):
-    if rank() == 0:
-        tqdm.write(message)
-
-
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2."""
-    if rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---------------------------------------------------------------- checkpoints
 
 
 def write_atomically(path, write):
@@ -829,8 +858,8 @@ def load_checkpoint(path):
         fail(f"{path}: there is no such checkpoint; python dark.py writes out/student.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        fail(f"{path}: truncated, or no checkpoint ({one_line(error)})")
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        fail(f"{path}: not a readable checkpoint: truncated, damaged, or another kind of file")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         fail(
             f"{path}: not a checkpoint of dark.py (format {FORMAT}); plain weights go with --model NAME --weights FILE"
@@ -841,7 +870,10 @@ def load_checkpoint(path):
 def model_from_checkpoint(checkpoint):
     """The model that `save_checkpoint` was given, in eval mode."""
     model = open_model(checkpoint["architecture"], context_length=checkpoint["context_length"])
-    model.clip.load_state_dict(checkpoint["state_dict"])
+    try:
+        model.clip.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError:
+        fail(f"the checkpoint's weights do not fit {model.name} as it is in this version of dark.py and open_clip")
     model.clip.eval()
     return dataclasses.replace(model, **checkpoint["preprocess"])
 
@@ -891,7 +923,8 @@ def forward_backward(net, images, tokens, chunk, seeds, objective):
 
     With several chunks the embeddings come first, without graph; the loss of all of them gives the gradient on
     each embedding; then every chunk is embedded again, with graph, to carry its rows of that gradient on. Plain
-    accumulation would be another objective: its softmax would see no more than `chunk` negatives.
+    accumulation would be another objective: its softmax would see no more than `chunk` negatives. (Batch norm, where a
+    tower has it, still takes its statistics from each chunk, as it does from each process under DDP.)
     """
     if chunk >= len(tokens):
         torch.manual_seed(seeds[0])
@@ -902,14 +935,14 @@ def forward_backward(net, images, tokens, chunk, seeds, objective):
     towers = net.module if distributed else net
     chunks = list(zip(images.split(chunk), tokens.split(chunk), seeds, strict=True))
     running = [buffer.clone() for buffer in towers.buffers()]  # batch-norm statistics must move once, not twice
-    outputs = []
+    first_pass = []
     with torch.no_grad():
         for chunk_images, chunk_tokens, seed in chunks:
             torch.manual_seed(seed)  # the same dropout in both passes
-            outputs.append(towers(chunk_images, chunk_tokens)[0])
+            first_pass.append(towers(chunk_images, chunk_tokens)[0])
         for buffer, before in zip(towers.buffers(), running):
             buffer.copy_(before)
-    embeddings = [torch.cat(parts).requires_grad_() for parts in zip(*outputs)]
+    embeddings = [torch.cat(rows).requires_grad_() for rows in zip(*first_pass)]
     scale = towers.clip.logit_scale.exp().detach().requires_grad_()
     loss, parts = objective(embeddings, scale)
     loss.backward()
@@ -927,7 +960,7 @@ def forward_backward(net, images, tokens, chunk, seeds, objective):
 def embed(towers, images, tokens, chunk):
     """A frozen teacher's image (N, D_t) and text (N, D_t) embeddings of the whole batch, on every process."""
     outputs = [towers(i, t)[0] for i, t in zip(images.split(chunk), tokens.split(chunk))]
-    return [gather(torch.cat(parts)) for parts in zip(*outputs)]
+    return [gather(torch.cat(rows)) for rows in zip(*outputs)]
 
 
 def step_seed(*numbers):
@@ -966,15 +999,6 @@ def rewind_log(log_path, start):
     write_atomically(log_path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def everyones(indices):
-    """The union of a set of indices over the processes."""
-    if not dist.is_initialized():
-        return indices
-    sets = [None] * dist.get_world_size()
-    dist.all_gather_object(sets, indices)
-    return set().union(*sets)
-
-
 def train(cfg, device, student, teacher, data, path, log_path):
     """Trains `student` on `data`, against `teacher` or, where that is None, with the CLIP loss alone.
 
@@ -1005,6 +1029,8 @@ def train(cfg, device, student, teacher, data, path, log_path):
         if start == 0:
             save(0)  # so that a kill in the first epoch can be resumed too
         rewind_log(log_path, start)
+    if 2 * cfg.warmup > total:
+        say(f"note: {cfg.warmup} warm-up steps are most of the {total} steps of this run; see --warmup")
     net = DistributedDataParallel(towers) if world > 1 else towers
     order = batches(n, cfg.batch, (start, total), cfg.seed, rank(), world)
     workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(world), device.type == "cuda"
@@ -1021,6 +1047,8 @@ def train(cfg, device, student, teacher, data, path, log_path):
             stop(f"{len(bad)} of {n} pairs do not decode, more than 1 %: the first is {data.where(min(bad))}")
 
         lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
+        if beta < 0 <= beta_at(step - 1, total, cfg.beta0, cfg.r):
+            say(f"step {step}: beta is negative from here on; the student repels, and the loss may fall below 0")
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
@@ -1103,11 +1131,6 @@ def draw_curves(log_path, cfg, path):
 # ---------------------------------------------------------------- command line
 
 
-def stop(message):
-    """Something went wrong in the middle of a run: one line on stderr, exit code 1."""
-    sys.exit(f"\n{Path(sys.argv[0]).name}: stopped: {message}")
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -1131,11 +1154,17 @@ def parse_args(argv=None):
     ablation = given.get("ablation", "")
     if ablation and ablation not in ABLATIONS:
         fail(f"--ablation {ablation}: valid are {', '.join(ABLATIONS)}")
-    has_teacher = given.get("teacher_weights") or ":" in given.get("teacher", "")
-    real = has_teacher and set(given.get("data", Config.data)) != {"phantom"}
-    cfg = Config(**{**({} if real else DEMONSTRATION), **ABLATIONS.get(ablation, {}), **given})
+    asked = Config(**{**ABLATIONS.get(ablation, {}), **given})
+    # Real data with a teacher, or with no need of one, is the paper's run; else everything starts at random.
+    ready = asked.teacher_weights or ":" in asked.teacher or (asked.student_weights and not needs_teacher(asked))
+    real = ready and set(asked.data) != {"phantom"}
+    cfg = asked if real else Config(**{**DEMONSTRATION, **ABLATIONS.get(ablation, {}), **given})
     check(cfg)
     return cfg, real
+
+
+def needs_teacher(cfg):
+    return not (cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0)  # no-kd gives it no weight anywhere
 
 
 def check(cfg):
@@ -1175,11 +1204,13 @@ def check(cfg):
     if cfg.micro_batch and cfg.batch // world % cfg.micro_batch:
         fail(f"--micro-batch {cfg.micro_batch}: does not divide the {cfg.batch // world} pairs of a process")
     try:
-        torch.device("cpu" if cfg.device == "auto" else cfg.device)
-    except RuntimeError:
-        fail(f"--device {cfg.device}: valid are auto, cpu, cuda, cuda:0, mps")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {cfg.device}: no CUDA device here; valid are auto and cpu")
+        torch.empty(0, device="cpu" if cfg.device == "auto" else cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {cfg.device}: not usable here ({one_line(error)}); valid are auto, cpu, cuda, cuda:N, mps")
+    if cfg.device == "meta":
+        fail("--device meta: holds no data; valid are auto, cpu, cuda, cuda:N, mps")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        fail(f"--out {cfg.out}: is a file; give a folder")
 
 
 # How a run is carried out, not what it computes: these may change between a run and its --resume.
@@ -1187,28 +1218,32 @@ RUN_FIELDS = ("ablation", "out", "workers", "device", "log_every", "resume", "ov
 
 
 def claim(path, cfg, reuse=False):
-    """Decides about a run found at `path`: --overwrite discards it, --resume goes on with it, else it is an error.
+    """What to do with a checkpoint at `path` -> True: discard it (--overwrite); False: go on with it (--resume).
 
-    reuse: a finished run of the same configuration may stay without being asked for.
+    reuse: a finished run of the same configuration may stay without being asked for. Anything else is an error.
     """
-    if cfg.overwrite and not reuse:
-        path.unlink(missing_ok=True)
     if not path.exists():
-        return
+        return False
+    if cfg.overwrite and not (reuse and is_whole(path)):
+        return True
     checkpoint = load_checkpoint(path)
     before, now = checkpoint["config"], dataclasses.asdict(cfg)
     changed = [k for k in now if k not in RUN_FIELDS and now[k] != before.get(k)]
     finished = checkpoint["step"] == checkpoint["steps"]
-    if reuse and finished and not changed:
-        return
-    if cfg.overwrite:
-        path.unlink()
-    elif not cfg.resume:
+    if (reuse and finished and not changed) or cfg.overwrite:
+        return bool(changed) or not finished
+    if not cfg.resume:
         state = "a finished run" if finished else f"a run at step {checkpoint['step']} of {checkpoint['steps']}"
         fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite discards it")
-    elif changed:
+    if changed:
         k = changed[0]
         fail(f"--resume: --{k.replace('_', '-')} was {before.get(k)!r} in {path}, is now {now[k]!r}")
+    return False
+
+
+def is_whole(path):
+    """Whether a file of torch.save, which is a zip archive, has its end."""
+    return zipfile.is_zipfile(path)
 
 
 def teacher_config(cfg):
@@ -1224,7 +1259,9 @@ def introduce(cfg, real, trains_teacher, models):
     if not real:
         what = "a synthetic demonstration" if set(cfg.data) == {"phantom"} else "a demonstration on your images"
         say(f"This is {what}: small models, trained from scratch. The paper's run takes three flags:")
-        say("    --data 'shards/{000000..000024}.tar' --teacher-weights PATH --student-weights PATH")
+        say(
+            "    --data 'shards/{000000..000024}.tar' --teacher-weights PATH --student-weights PATH  (FetalCLIP: and --context-length 117)"
+        )
     for role, model in models.items():
         tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.clip.visual, model.clip))
         say(
@@ -1233,11 +1270,6 @@ def introduce(cfg, real, trains_teacher, models):
         )
     if trains_teacher:
         say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def prepare_device(cfg):
@@ -1262,7 +1294,7 @@ def main(argv=None):
     )
     cfg.spacing_size = cfg.spacing_size or student.size
     teacher = None
-    if not (cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0):  # else it has no weight anywhere (no-kd)
+    if needs_teacher(cfg):
         torch.manual_seed(cfg.seed)
         teacher = open_model(
             cfg.teacher, cfg.teacher_weights, cfg.context_length, cfg.teacher_mean, cfg.teacher_std, "--teacher-weights"
@@ -1273,15 +1305,21 @@ def main(argv=None):
     t_cfg, t_path, t_log = teacher_config(cfg), out / "teacher.pt", out / "teacher_log.jsonl"
     trains_teacher = bool(teacher) and not cfg.teacher_weights and ":" not in cfg.teacher
     if rank() == 0:
-        claim(out / "student.pt", cfg)
-        if trains_teacher:
-            claim(t_path, t_cfg, reuse=True)
-        out.mkdir(parents=True, exist_ok=True)
+        discard = {out / "student.pt": claim(out / "student.pt", cfg)}
+        discard[t_path] = trains_teacher and claim(t_path, t_cfg, reuse=True)
+        for path in (path for path, unwanted in discard.items() if unwanted):
+            path.unlink()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {cfg.out}: cannot be made ({one_line(error)})")
     barrier()
     introduce(cfg, real, trains_teacher, {"student": student, **({"teacher": teacher} if teacher else {})})
 
     if trains_teacher:
-        train(t_cfg, device, teacher, None, Pairs(t_cfg, [teacher]), t_path, t_log)
+        train(t_cfg, device, teacher, None, Pairs(t_cfg, [teacher], data.sources), t_path, t_log)
+        barrier()  # batch norm's statistics are each process's own; what was saved is the teacher of all
+        teacher.clip.load_state_dict(load_checkpoint(t_path)["state_dict"])
     if teacher:
         teacher.clip.requires_grad_(False).eval()
     train(cfg, device, student, teacher, data, out / "student.pt", out / "log.jsonl")

@@ -301,21 +301,18 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
     device = model.logit_scale.device
     stated = [f"{float(mm):.2f}" for mm in pixel_mm]
     spacings = sorted(set(stated))
-    grids = [[grid_tokens(tokenizer, t, spacings[i : i + 32]) for i in range(0, len(spacings), 32)] for t in templates]
+    grids = [grid_tokens(tokenizer, template, spacings) for template in templates]  # (175, spacings, context) each
     if images.ndim == 4:
         images = torch.cat([model.encode_image(part.to(device)).float() for part in images.split(64)])
     images = F.normalize(images.float(), dim=-1).to(device)
     prompts = len(dark.GA_DAYS) * len(templates) * len(spacings)
+    ages = torch.zeros(len(dark.GA_DAYS), len(spacings), images.shape[1], device=device)  # (175, spacings, D)
     with tqdm(total=prompts, desc="age prompts", unit="prompt", leave=False) as bar:
-        templates_ages = []
         for grid in grids:
-            ages = []
-            for tokens in grid:
-                rows = max(1, 4096 // tokens[0].numel())
-                ages.append(torch.cat([embed_grid(model, part) for part in tokens.split(rows)]))
-                bar.update(len(tokens) * tokens.shape[1])
-            templates_ages.append(torch.cat(ages, 1))  # (175, spacings, D)
-    ages = torch.stack(templates_ages).mean(0)
+            for some, mean in zip(grid.split(16, 1), ages.split(16, 1)):  # `mean` is a view into ages
+                rows = max(1, 16384 // some[0].numel())
+                mean += torch.cat([embed_grid(model, part) for part in some.split(rows)]) / len(templates)
+                bar.update(some.shape[0] * some.shape[1])
     mine = torch.tensor([spacings.index(s) for s in stated], device=device)
     return torch.einsum("nd,and->na", images, ages[:, mine]).cpu()  # (n, 175): rows images, columns days
 
@@ -486,7 +483,7 @@ def draw(path, drawings):
     from sklearn.metrics import ConfusionMatrixDisplay
 
     def save(figure, what):
-        target = path.with_name(f"{path.stem}_{what}.png")
+        target = path.with_name(f"{path.name}_{what}.png")
         dark.write_atomically(target, lambda temporary: figure.savefig(temporary, dpi=120))
         plt.close(figure)
         print(f"wrote {target}")
@@ -630,6 +627,10 @@ def parse_args(argv=None):
         fail("--batch must be at least 1, --context-length and --spacing-size at least 0, --workers at least -1")
     if not args.model and (args.weights or args.mean or args.std):
         fail("--weights, --mean and --std belong to --model NAME; a checkpoint brings its own")
+    if args.context_length and not args.model and not args.teacher:
+        fail("--context-length belongs to --model NAME or --teacher NAME; a checkpoint brings its own")
+    if args.teacher_weights and not args.teacher:
+        fail("--teacher-weights belongs to --teacher NAME")
     if not args.checkpoints and not args.model:
         args.checkpoints = ["out/student.pt"]
     if args.workers < 0:
@@ -723,10 +724,10 @@ def main(argv=None):
             }
         )
         if args.plots:
-            draw(
-                home / (Path(name).stem if epoch is not None else args.model.replace("/", "-").replace(":", "-")),
-                drawings,
-            )
+            label = Path(name).stem if epoch is not None else re.sub(r"[^\w.-]+", "-", args.model)
+            if sum(Path(other).stem == label for other, _, _ in models) > 1:
+                label = f"{Path(name).parent.name}_{label}"  # a/student.pt beside b/student.pt
+            draw(home / label, drawings)
     print(table(results))
     for result in results:
         for line in details(result):

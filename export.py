@@ -106,7 +106,7 @@ def open_subject(args):
     if not args.model and (args.checkpoint or path.exists()):
         checkpoint = dark.load_checkpoint(path)
         model = dark.model_from_checkpoint(checkpoint)
-        about = {"source": str(path), "epoch": str(checkpoint["epoch"])}
+        about = {"source": str(path), "epoch": f"{checkpoint['epoch']:g}"}
         about |= {key: str(checkpoint["config"][key]) for key in ("beta0", "r")}
     else:
         torch.manual_seed(0)
@@ -312,7 +312,8 @@ def count_macs(tower, size):
     torch.backends.mha.set_fastpath_enabled(fast)
     macs = {"convolutions": 0.0, "attention": 0.0, "matrix products": 0.0}
     for operation, flops in counter.get_flop_counts()["Global"].items():
-        kind = next((kind for kind in macs if kind[:4] in str(operation)), "matrix products")
+        name = str(operation)  # such as aten.convolution, aten._scaled_dot_product_flash_attention_for_cpu, aten.addmm
+        kind = "convolutions" if "conv" in name else "attention" if "attention" in name else "matrix products"
         macs[kind] += flops / 2e9  # two operations for each multiply-accumulate
     return macs
 
@@ -394,7 +395,10 @@ def find_iphone(args):
         fail("--iphone: no xcodebuild; install Xcode, then sudo xcode-select -s /Applications/Xcode.app")
     if not shutil.which("devicectl"):  # coremltools calls it both through xcrun and directly
         fail('--iphone: devicectl is not on PATH; export PATH="$PATH:$(dirname "$(xcrun --find devicectl)")"')
-    phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
+    try:
+        phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
+    except remote_device._DeviceCtlError as error:
+        fail(f"--iphone: devicectl fails ({dark.one_line(error)}); start Xcode once and let it finish installing")
     if not phones:
         fail("--iphone: no connected iPhone; plug it in, unlock it, trust this Mac; see xcrun devicectl list devices")
     if phones[0].developer_mode_state != "enabled":
@@ -441,7 +445,9 @@ def report(result, out):
             share = f"{r['neural_engine_share']:.0%} of the operations prefer the Neural Engine"
             print(f"{r['compute_units']}: at most {r['difference']:.1e} from PyTorch's embedding; {share}")
     text = json.dumps(result, indent=2) + "\n"
-    dark.write_atomically(out.with_name("export.json"), lambda temporary: temporary.write_text(text))
+    path = out.with_name("export.json")
+    dark.write_atomically(path, lambda temporary: temporary.write_text(text))
+    print(f"wrote {path}")
 
 
 def main(argv=None):
@@ -464,9 +470,9 @@ def main(argv=None):
 
     before, after = (sum(p.numel() for p in tower.visual.parameters()) for tower in (trained, fused))
     macs = count_macs(fused, model.size)
-    kinds = ", ".join(f"{kind} {count:.2f}" for kind, count in macs.items())
+    kinds = ", ".join(f"{kind} {count:.3g}" for kind, count in macs.items())
     print(f"parameters: {after / 1e6:.2f} M in the image tower ({before / 1e6:.2f} M before fusing)")
-    print(f"GMACs: {sum(macs.values()):.2f}, multiply-accumulates of one image through the fused tower: {kinds}")
+    print(f"GMACs: {sum(macs.values()):.3g}, multiply-accumulates of one image through the fused tower: {kinds}")
     print(f"package: {args.out}, {args.precision}, {size / 1e6:.2f} MB on disk, made in {seconds:.0f} s")
 
     pixels = (images[3] * 255).round().byte().permute(1, 2, 0).contiguous()  # (S, S, 3) uint8

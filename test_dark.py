@@ -3,9 +3,11 @@
 import asyncio
 import copy
 import dataclasses
+import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import dark
 import evaluate
@@ -455,7 +458,7 @@ def test_epochs_are_exact_and_steps_can_be_entered_anywhere():
     orders = [[i for e, i in flat if e == epoch] for epoch in range(6)]
     assert orders[0] != orders[1]
     assert list(dark.batches(n, batch, (7, steps), seed=3)) == stream[7:]
-    halves = [list(dark.batches(n, batch, (0, steps), seed=3, rank=r, world=2)) for r in range(2)]
+    halves = [list(dark.batches(n, batch, (0, steps), seed=3, process=r, world=2)) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == stream and all(len(a) == 2 for a in halves[0])
     assert list(dark.batches(n, batch, (0, steps), seed=4)) != stream
 
@@ -1223,6 +1226,13 @@ def export_main(*flags):
     export.main([str(flag) for flag in flags])
 
 
+@pytest.fixture(autouse=True)  # export.py computes with one thread; the other tests keep theirs
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def export_checkpoint(path, name="demo-fastvit"):
     """A FastViT whose batch norms and layer scales are far from their initial values, in a checkpoint of dark.py."""
     torch.manual_seed(3)
@@ -1347,8 +1357,6 @@ def test_export_names_shapes_and_types(exported):
 
 
 def test_export_metadata(exported):
-    import hashlib
-
     metadata, user = exported.spec.description.metadata, dict(exported.spec.description.metadata.userDefined)
     assert (
         metadata.author and metadata.license and metadata.versionString and "demo-fastvit" in metadata.shortDescription
@@ -1369,10 +1377,10 @@ def test_export_computes_what_pytorch_computes(exported):
     outputs = [export_run(exported.program, image) for image in images]
     embedding = torch.cat([out["embedding"] for out in outputs])
     assert torch.pdist(expected).min() > 0.05  # the images are told apart, by far more than the tolerance
-    assert (embedding - expected).norm(dim=1).max() < 5e-3
+    assert (embedding - expected).norm(dim=1).max() < 2e-2  # what weights in fp16 cost; fp32 is compared below
     assert (embedding.norm(dim=1) - 1).abs().max() < 1e-6
     assert likely.std(0).max() > 0.01
-    torch.testing.assert_close(torch.cat([out["probabilities"] for out in outputs]), likely, atol=2e-3, rtol=0)
+    torch.testing.assert_close(torch.cat([out["probabilities"] for out in outputs]), likely, atol=1e-2, rtol=0)
 
 
 def test_export_stores_the_fused_weights(exported):
@@ -1406,7 +1414,12 @@ def test_export_size_and_replacement(exported):
     parameters = sum(p.numel() for p in timm.utils.reparameterize_model(exported.model.clip.visual).parameters())
     assert exported.result["package_mb"] == size / 1e6
     assert 2 * parameters * 0.95 < size < 2 * parameters + 150_000  # two bytes each, and the program
-    assert not (exported.out / "stale").exists()
+    files = sorted(file.name for file in exported.out.rglob("*") if file.is_file())
+    assert files == [
+        "Manifest.json",
+        "model.mlmodel",
+        "weight.bin",
+    ]  # nothing stale, nothing of the converter's debugging
     assert sorted(p.name for p in exported.out.parent.iterdir()) == ["Student.mlpackage", "export.json"]
 
 
@@ -1439,7 +1452,12 @@ def test_export_fp32_with_labels_from_a_file(exported, tmp_path, capsys):
         expected = F.normalize(exported.model.clip.encode_image(exported.model.pixels(images)), dim=-1)
     outputs = [export_run(program, image) for image in images]
     assert (torch.cat([out["embedding"] for out in outputs]) - expected).abs().max() < 1e-5
-    assert outputs[0]["probabilities"].shape == (1, 2)
+    classes = evaluate.class_embeddings(
+        exported.model, {c: p for c, p in json.loads(labels.read_text()).items() if c != "ga"}
+    )
+    with torch.no_grad():
+        likely = (exported.model.clip.logit_scale.exp() * expected @ classes.T).softmax(-1)  # (2, 2)
+    torch.testing.assert_close(torch.cat([out["probabilities"] for out in outputs]), likely, atol=1e-4, rtol=0)
     user = ct.models.MLModel(str(out), skip_model_load=True).user_defined_metadata
     assert json.loads(user["labels"]) == ["head", "thigh"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -1649,19 +1667,19 @@ def test_export_keeps_the_old_package_until_the_new_one_is_complete(exported, tm
 
 
 def test_export_keeps_real_warnings_and_restores_the_bars(capsys, caplog):
-    from tqdm import tqdm
-
     def call():
         with export.converting("model-x"):
             export.log.warning("a value overflows")
             export.log.error("converting 'op-y'")
             list(tqdm(range(3)))
+            assert not logging.getLogger("torch.fx").isEnabledFor(logging.WARNING)  # torch.export's own account
             raise ValueError("bad shape")
 
     fails(capsys, call, "model-x", "op-y", "bad shape")  # one line: no bar
     assert "overflows" in caplog.text and "op-y" not in caplog.text
     with pytest.raises(ZeroDivisionError), export.converting("model-x"):
         raise ZeroDivisionError  # a fault of ours is not passed off as the model's
+    assert logging.getLogger("torch.fx").isEnabledFor(logging.WARNING)
     list(tqdm(range(3)))
     assert "3/3" in capsys.readouterr().err
 
@@ -1708,6 +1726,16 @@ def test_export_says_what_the_phone_needs(monkeypatch, capsys, tmp_path, state, 
     fails(capsys, lambda: export_main("--iphone", *flags, "--out", tmp_path / "a.mlpackage"), "--iphone", *words)
 
 
+def test_export_says_when_devicectl_fails(monkeypatch, capsys, tmp_path):
+    def broken(kind):
+        raise export.remote_device._DeviceCtlError(b"no CoreDevice", error_code=72)
+
+    export_mac(monkeypatch, [])
+    monkeypatch.setattr(export.remote_device.Device, "get_connected_devices", broken)
+    call = lambda: export_main("--iphone", "--team", "T", "--bundle", "b", "--out", tmp_path / "a.mlpackage")
+    fails(capsys, call, "--iphone", "no CoreDevice", "Xcode")
+
+
 def test_export_on_a_mac_with_a_phone(exported, tmp_path, monkeypatch, capsys):
     phone, out, calls, programs = ExportPhone(), tmp_path / "a.mlpackage", [], {}
     export_mac(monkeypatch, [phone])
@@ -1732,8 +1760,8 @@ def test_export_on_a_mac_with_a_phone(exported, tmp_path, monkeypatch, capsys):
         return {"embedding": embedding}
 
     engine = object.__new__(export.MLNeuralEngineComputeDevice)
-    usage = {"ios17.conv": engine, "ios17.gelu": engine, "ios17.softmax": "cpu", "ios17.cast": "cpu"}
-    operations = [types.SimpleNamespace(operator_name=name) for name in ["const", *usage, "unknown"]]
+    usage = {"const": "cpu", "ios17.conv": engine, "ios17.gelu": engine, "ios17.softmax": "cpu", "ios17.cast": "cpu"}
+    operations = [types.SimpleNamespace(operator_name=name) for name in [*usage, "unknown"]]
     block = types.SimpleNamespace(block=types.SimpleNamespace(operations=operations))
     plan = types.SimpleNamespace(
         model_structure=types.SimpleNamespace(program=types.SimpleNamespace(functions={"main": block})),
@@ -1776,6 +1804,7 @@ def test_export_phone_that_refuses_gets_one_line(exported, monkeypatch, capsys):
         async def prepare_for_model_debugging(self, **_):
             raise export.remote_device._DeviceCtlError(b"device is locked", error_code=1)
 
+    monkeypatch.setattr(export, "convert", lambda *_, **__: None)  # the twin: not reached
     tower = export.Phone(exported.model, None)
     args = types.SimpleNamespace(precision="fp16", runs=1, team="T", bundle="b")
     pixels = torch.zeros(64, 64, 3, dtype=torch.uint8)
