@@ -309,7 +309,7 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
     ages = torch.zeros(len(dark.GA_DAYS), len(spacings), images.shape[1], device=device)  # (175, spacings, D)
     with tqdm(total=prompts, desc="age prompts", unit="prompt", leave=False) as bar:
         for grid in grids:
-            for some, mean in zip(grid.split(16, 1), ages.split(16, 1)):  # `mean` is a view into ages
+            for some, mean in zip(grid.split(10, 1), ages.split(10, 1)):  # `mean` is a view into ages
                 rows = max(1, 16384 // some[0].numel())
                 mean += torch.cat([embed_grid(model, part) for part in some.split(rows)]) / len(templates)
                 bar.update(some.shape[0] * some.shape[1])
