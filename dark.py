@@ -999,6 +999,20 @@ def rewind_log(log_path, start):
     write_atomically(log_path, lambda temporary: temporary.write_text("".join(kept)))
 
 
+def make_loader(cfg, data, steps, device):
+    """This process's share of the batches of range(*steps), in order, from worker processes."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world)
+    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(world), device.type == "cuda"
+    return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
+
+
+def summary(record):
+    """What the line of an epoch tells of its last step."""
+    terms = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "clip", "diag", "off") if record[k] is not None)
+    return terms + "  beta {beta:+.3f}  scale {logit_scale:.1f}  lr {lr:.1e}  {img_s:.0f} img/s".format(**record)
+
+
 def train(cfg, device, student, teacher, data, path, log_path):
     """Trains `student` on `data`, against `teacher` or, where that is None, with the CLIP loss alone.
 
@@ -1032,9 +1046,7 @@ def train(cfg, device, student, teacher, data, path, log_path):
     if 2 * cfg.warmup > total:
         say(f"note: {cfg.warmup} warm-up steps are most of the {total} steps of this run; see --warmup")
     net = DistributedDataParallel(towers) if world > 1 else towers
-    order = batches(n, cfg.batch, (start, total), cfg.seed, rank(), world)
-    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(world), device.type == "cuda"
-    loader = iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin))
+    loader = iter(make_loader(cfg, data, (start, total), device))
     bar = tqdm(total=total, initial=start, desc=path.stem, unit="step", disable=rank() != 0, dynamic_ncols=True)
     since, waited, steps = time.perf_counter(), 0.0, 0
 
@@ -1077,25 +1089,15 @@ def train(cfg, device, student, teacher, data, path, log_path):
         now = time.perf_counter()
         speed = {"img_s": steps * cfg.batch / (now - since), "data_wait": waited / (now - since)}
         since, waited, steps = now, 0.0, 0
-        record = {
-            "step": step,
-            "epoch": step * cfg.batch / n,
-            "diag": None,
-            "off": None,
-            **figures,
-            "beta": beta,
-            "lr": lr,
-        }
-        record |= {**speed, "repeated_captions": repeated, "bad": len(bad)}
+        record = {"step": step, "epoch": step * cfg.batch / n, "diag": None, "off": None} | figures | speed
+        record |= {"beta": beta, "lr": lr, "repeated_captions": repeated, "bad": len(bad)}
         bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record))
         if rank() == 0:
             with open(log_path, "a") as log:
                 log.write(json.dumps(record) + "\n")
         if epoch_ends and rank() == 0:
             save(done)
-            terms = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "clip", "diag", "off") if record[k] is not None)
-            rest = "beta {beta:+.3f}  scale {logit_scale:.1f}  lr {lr:.1e}  {img_s:.0f} img/s".format(**record)
-            say(f"epoch {done * cfg.batch / n:.2f}/{cfg.epochs}  step {done}/{total}  {terms}  {rest}")
+            say(f"epoch {done * cfg.batch / n:.2f}/{cfg.epochs}  step {done}/{total}  {summary(record)}")
     bar.close()
     if bad:
         say(f"{len(bad)} of {n} pairs did not decode; their neighbours stood in; the first is {data.where(min(bad))}")
