@@ -362,6 +362,15 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
                 assert same(gradient, net.get_parameter(name).grad), name
 
 
+def test_the_paper_student_takes_a_step():
+    torch.manual_seed(0)
+    model = dark.open_model("MobileCLIP2-S0")  # in channels-last memory its backward crashes torch on a CPU
+    net = dark.Towers(model).to("cpu", memory_format=dark.layout(torch.device("cpu"))).train()
+    images = torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8)
+    loss, _ = tiny_step(net, images, model.tokenizer(["a", "b", "c", "d"]), None, 2)
+    assert math.isfinite(loss.item()) and all(p.grad is not None for p in net.parameters())
+
+
 def test_gather_is_the_identity_without_a_group():
     x = torch.randn(3, 2, requires_grad=True)
     assert dark.gather(x) is x
