@@ -343,7 +343,7 @@ def phantom(seed, index, width=160, height=120):
         oval(0, 0, 1, ratio, 60, rng.uniform(170, 255), 3)  # skull
     for _ in range(rng.integers(0, 4)):  # clutter
         oval(*rng.uniform(-0.6, 0.6, 2), *rng.uniform(0.04, 0.15, 2), rng.uniform(10, 130))
-    contrast = rng.uniform(0.5, 1)  # to the tissue around; where it is low, planes of the brain can be confused
+    contrast = rng.uniform(0.65, 1)  # to the tissue around; where it is low, planes of the brain can be confused
     for *shape, fill, wall in ANATOMY[view]:
         oval(*shape, 60 + contrast * (fill - 60), wall and 60 + contrast * (wall - 60))
 
