@@ -222,6 +222,10 @@ def rank():
     return int(os.environ.get("RANK", 0))  # set by torchrun
 
 
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))  # likewise
+
+
 def say(message):
     if rank() == 0:
         tqdm.write(message)
@@ -253,7 +257,7 @@ def everyones(indices):
     """The union of a set of indices over the processes."""
     if not dist.is_initialized():
         return indices
-    sets = [None] * dist.get_world_size()
+    sets = [None] * world_size()
     dist.all_gather_object(sets, indices)
     return set().union(*sets)
 
@@ -972,8 +976,8 @@ def step_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def default_workers(world=1):
-    return max(1, min(8, (os.cpu_count() or 2) // world - 1))
+def default_workers():
+    return max(1, min(8, (os.cpu_count() or 2) // world_size() - 1))
 
 
 def make_optimizer(cfg, net):
@@ -1006,9 +1010,8 @@ def rewind_log(log_path, start):
 
 def make_loader(cfg, data, steps, device):
     """This process's share of the batches of range(*steps), in order, from worker processes."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world)
-    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(world), device.type == "cuda"
+    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world_size())
+    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(), device.type == "cuda"
     return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
 
 
@@ -1023,9 +1026,9 @@ def train(cfg, device, student, teacher, data, path, log_path):
 
     Goes on from the checkpoint at `path` if there is one, writes it every epoch, and appends to `log_path`.
     """
-    world, n = dist.get_world_size() if dist.is_initialized() else 1, len(data)
+    n = len(data)
     total = cfg.epochs * n // cfg.batch  # T of Eq. 7, optimizer steps
-    share = cfg.batch // world
+    share = cfg.batch // world_size()
     chunk = cfg.micro_batch or share
     t_towers = Towers(teacher).to(device, memory_format=layout(device)).eval() if teacher else None
     torch.manual_seed(cfg.seed)
@@ -1050,7 +1053,7 @@ def train(cfg, device, student, teacher, data, path, log_path):
         rewind_log(log_path, start)
     if 2 * cfg.warmup > total:
         say(f"note: {cfg.warmup} warm-up steps are most of the {total} steps of this run; see --warmup")
-    net = DistributedDataParallel(towers) if world > 1 else towers
+    net = DistributedDataParallel(towers) if dist.is_initialized() else towers
     loader = iter(make_loader(cfg, data, (start, total), device))
     bar = tqdm(total=total, initial=start, desc=path.stem, unit="step", disable=rank() != 0, dynamic_ncols=True)
     since, waited, steps = time.perf_counter(), 0.0, 0
@@ -1205,11 +1208,11 @@ def check(cfg):
         fail(f"--workers {cfg.workers}: must be -1 (chosen by cores) or more")
     if cfg.resume and cfg.overwrite:
         fail("--resume with --overwrite: give one of them")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch % world:
-        fail(f"--batch {cfg.batch}: not divisible by the {world} processes")
-    if cfg.micro_batch and cfg.batch // world % cfg.micro_batch:
-        fail(f"--micro-batch {cfg.micro_batch}: does not divide the {cfg.batch // world} pairs of a process")
+    if cfg.batch % world_size():
+        fail(f"--batch {cfg.batch}: not divisible by the {world_size()} processes")
+    share = cfg.batch // world_size()
+    if cfg.micro_batch and share % cfg.micro_batch:
+        fail(f"--micro-batch {cfg.micro_batch}: does not divide the {share} pairs of a process")
     try:
         torch.empty(0, device="cpu" if cfg.device == "auto" else cfg.device)
     except (RuntimeError, AssertionError) as error:
@@ -1231,7 +1234,7 @@ def claim(path, cfg, reuse=False):
     """
     if not path.exists():
         return False
-    if cfg.overwrite and not (reuse and is_whole(path)):
+    if cfg.overwrite and not (reuse and zipfile.is_zipfile(path)):  # torch.save writes a zip; cut short, it is none
         return True
     checkpoint = load_checkpoint(path)
     before, now = checkpoint["config"], dataclasses.asdict(cfg)
@@ -1246,11 +1249,6 @@ def claim(path, cfg, reuse=False):
         k = changed[0]
         fail(f"--resume: --{k.replace('_', '-')} was {before.get(k)!r} in {path}, is now {now[k]!r}")
     return False
-
-
-def is_whole(path):
-    """Whether a file of torch.save, which is a zip archive, has its end."""
-    return zipfile.is_zipfile(path)
 
 
 def teacher_config(cfg):
@@ -1282,7 +1280,7 @@ def introduce(cfg, real, trains_teacher, models):
 def prepare_device(cfg):
     """The device of this process; joins the process group when torchrun started several."""
     cuda = torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda"))
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    distributed = world_size() > 1
     device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
     if cuda and (distributed or cfg.device == "auto"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
