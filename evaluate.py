@@ -561,6 +561,13 @@ COLUMNS = {
 }
 
 
+def aligned(lines, left=1):
+    """Rows of cells, all strings -> text in columns, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    pad = lambda i, cell: cell.ljust(widths[i]) if i < left else cell.rjust(widths[i])
+    return "\n".join("  ".join(pad(i, cell) for i, cell in enumerate(line)) for line in lines)
+
+
 def table(results):
     """Table 1's columns, aligned; `-` where a task has not been measured."""
     shown = {"params": lambda v: f"{v / 1e6:.2f}M", "hc18_validity": "{:.1f}".format}
@@ -568,10 +575,7 @@ def table(results):
     for result in results:
         cells = [shown.get(key, "{:.3f}".format)(result[key]) if key in result else "-" for key in COLUMNS]
         lines.append([result["name"], *cells])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines
-    )
+    return aligned(lines)
 
 
 def details(result):

@@ -437,9 +437,7 @@ def report(result, out):
     for r in result["latency"]:
         where = [r[key] for key in ("runtime", "device", "os", "compute_units", "precision")]
         cells.append([*where, f"{r['median_ms']:.2f}", f"{r['p90_ms']:.2f}"])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  ".join(c.rjust(w) if i > 4 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))))
+    print(evaluate.aligned(cells, left=5))
     for r in result["latency"]:
         if "difference" in r:
             share = f"{r['neural_engine_share']:.0%} of the operations prefer the Neural Engine"
