@@ -17,30 +17,34 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads leave the cores to the loader
 
 import argparse
+import copy
 import csv
 import dataclasses
 import difflib
-import functools
 import glob
+import hashlib
 import inspect
 import io
 import json
-import logging
 import math
 import pickle
 import re
+import signal
 import struct
 import sys
 import tarfile
 import time
+import typing
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+import filelock
 import numpy as np
 import open_clip
+import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
@@ -48,9 +52,10 @@ import torch.distributed.nn.functional  # not imported by torch.distributed itse
 import torch.nn as nn
 import torch.nn.functional as F
 from braceexpand import braceexpand
-from PIL import Image, ImageDraw, ImageFilter
-from safetensors import SafetensorError
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -64,8 +69,9 @@ class Config:
     # the method
     beta0: float = 2.0  # beta_0 of Eq. 7: weight of the off-diagonal at step 0
     r: float = -0.8  # r of Eq. 7: the weight ends at r * beta0
-    diag: float = 1.0  # weight of the diagonal (Eq. 5)
-    coupled: bool = False  # give the diagonal the weight of the off-diagonal (the ablation's coupled rows)
+    r_is_end: bool = False  # r is the final weight itself, as in the authors' Figure 2a and configurations; else Eq. 7
+    diag: float = 1.0  # weight of the diagonal (Eq. 6)
+    coupled: bool = False  # Eq. 4: the diagonal has the weight of the off-diagonal, lambda(t) of Eq. 5
     tau: float = 5.0  # tau of Eq. 2: temperature of the teacher's softmax, and of the teacher's only
     smooth: float = 0.0  # epsilon of the confidence-penalty row: share of the target that is spread evenly
     feature: float = 0.0  # weight of the feature-KD row's mean squared error (the paper: 2000)
@@ -73,22 +79,18 @@ class Config:
     # the models
     teacher: str = "ViT-L-14"  # any open_clip name
     teacher_weights: str = ""  # PATH or open_clip TAG; without it a teacher is trained first, on the same data
-    teacher_mean: str = ""  # R,G,B; empty: what open_clip lists for the tag, else for the architecture
-    teacher_std: str = ""  # R,G,B; empty: likewise
+    teacher_cache: str = ""  # folder that keeps the teacher's embeddings, for other runs with the same teacher and seed
     student: str = "MobileCLIP2-S0"  # any open_clip name
     student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
-    student_mean: str = ""  # R,G,B; empty: as for the teacher
-    student_std: str = ""  # R,G,B; empty: likewise
     context_length: int = 0  # tokens, both towers and tokenizers (FetalCLIP: 117); 0: each model's own
     # the data
-    data: tuple[str, ...] = ("phantom",)  # phantom | planes:DIR | hc18:DIR | tar pattern, one or more
+    data: tuple[str, ...] = ("phantom",)  # phantom | pairs.csv | pairs.tsv | pattern of tars, one or more
     phantom_pairs: int = 4096  # pairs in the phantom
-    spacing_size: int = 0  # pixels: captions state mm per pixel at this input size; 0: the student's
     # the training
     epochs: int = 20  # passes over the data
     teacher_epochs: int = 0  # the same for a teacher that is trained first; 0: as many as epochs
     batch: int = 1024  # N, pairs in a batch over all processes; the loss sees all of them
-    micro_batch: int = 0  # pairs that a process embeds at a time (batch norm sees these); 0: its whole share of N
+    micro_batch: int = 0  # pairs whose activations a process holds at a time (batch norm sees these); 0: its share of N
     lr: float = 1e-5  # peak learning rate (AdamW, betas 0.9 and 0.98, eps 1e-6)
     warmup: int = 500  # optimizer steps of linear warm-up before the cosine
     weight_decay: float = 0.1  # on matrices and kernels only
@@ -100,10 +102,10 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     log_every: int = 10  # optimizer steps between two lines of log.jsonl
     resume: bool = False  # go on from the checkpoint in --out
-    overwrite: bool = False  # discard the run in --out (a finished teacher that fits is kept)
+    overwrite: bool = False  # replace the run in --out (a finished teacher that fits is kept)
 
 
-# Table 3. Coupled rows give both weights one schedule lambda(t) = Eq. 7; r = 1 is a constant.
+# Table 3. Coupled rows give both weights one schedule, lambda(t) of Eq. 5 with lambda0 = beta0; r = 1 is a constant.
 ABLATIONS = {
     "no-kd": dict(coupled=True, beta0=0.0, r=1.0),
     "static": dict(coupled=True, beta0=1.0, r=1.0),
@@ -111,7 +113,7 @@ ABLATIONS = {
     "decay": dict(coupled=True, beta0=1.0, r=0.1),
     "full-decay": dict(coupled=True, beta0=1.0, r=0.0),
     "conf-penalty": dict(coupled=True, beta0=1.0, r=0.1, smooth=0.1),
-    "coupled": dict(coupled=True, beta0=2.0, r=-0.8),
+    "coupled": dict(coupled=True, beta0=1.0, r=-0.8),
     "selective": dict(beta0=2.0, r=-0.8),
     "beta4": dict(beta0=4.0, r=-0.8),
     "beta8": dict(beta0=8.0, r=-0.8),
@@ -119,9 +121,11 @@ ABLATIONS = {
     "r-0.4": dict(beta0=2.0, r=-0.4),
 }
 
-# Without real data or without teacher weights everything is trained from scratch: small models, a larger step.
+# Without real data or without teacher weights everything is trained from scratch: small models, a larger step. tau:
+# the paper's teacher has a logit scale of 100, softened 100 / 5 = 20; one trained for minutes has 14, and 14 / 5 would
+# be a nearly uniform target, whose repulsion drives all pairs apart alike. 14 / 0.7 = 20 keeps the paper's regime.
 DEMONSTRATION = dict(
-    teacher="demo-vit", student="demo-fastvit", epochs=6, teacher_epochs=4, batch=32, lr=1e-3, warmup=50
+    teacher="demo-vit", student="demo-fastvit", tau=0.7, epochs=6, teacher_epochs=4, batch=32, lr=1e-3, warmup=50
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -130,7 +134,7 @@ DEMONSTRATION = dict(
 def beta_at(step: int, total: int, beta0: float, r: float) -> float:
     """Weight of the off-diagonal at optimizer step `step` of `total` (Eq. 7): beta0 at 0, r * beta0 at `total`.
 
-    It crosses zero at step total / (1 - r).
+    It crosses zero at step total / (1 - r). Eq. 5, the coupled lambda(t), is the same line.
     """
     return beta0 * (1 - step / total * (1 - r))
 
@@ -142,7 +146,7 @@ def lr_at(step: int, total: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, tau=5.0, smooth=0.0):
+def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, clip=1.0, tau=5.0, smooth=0.0):
     """CLIP loss plus selective repulsive distillation over one batch of N matched pairs (arXiv 2603.05421).
 
     image, text      (N, D) student embeddings, normalised here
@@ -150,14 +154,14 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, t
                      step): a negative `beta` rewards larger logits without end, and the bound is all that stops it
     t_image, t_text  (N, D_t) teacher embeddings, normalised here; no gradient reaches them
     t_scale          0-d, the teacher's logit scale
-    beta, diag       weights of the off-diagonal and of the diagonal
+    beta, diag, clip weights of the off-diagonal, of the diagonal and of the CLIP term; beta = diag is Eq. 4
     tau              temperature of the teacher alone: only its targets are to be softened, the student's logits
                      are those it is used with; hence no tau**2 either
     smooth           epsilon: the target becomes (1 - epsilon) p + epsilon / N
 
-    Returns the loss, clip + diag * parts["diag"] + beta * parts["off"], and `parts`: the unweighted, detached
-    clip, diag and off. With several processes pass gathered embeddings (see `gather`). All of it is fp32 under
-    any autocast, for bf16 steps by 0.5 at logits of 100; float64 stays float64.
+    Returns the loss, clip * parts["clip"] + diag * parts["diag"] + beta * parts["off"], and `parts`, unweighted and
+    detached. With several processes pass gathered embeddings (see `gather`). All of it is fp32 under any autocast,
+    for bf16 steps by 0.5 at logits of 100; float64 stays float64.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, text, t_image, t_text = (
@@ -191,7 +195,7 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, t
         kd_diag = (match_rows * nll_rows + match_cols * nll_cols).mean() / 2
         kd_off = (rest_rows * lse_rows + rest_cols * lse_cols - torch.linalg.vecdot(p_off, logits)).mean() / 2
 
-        loss = clip_loss + diag * kd_diag + beta * kd_off  # Eq. 5
+        loss = clip * clip_loss + diag * kd_diag + beta * kd_off  # Eq. 6; Eq. 4 where diag = beta
     return loss, {"clip": clip_loss.detach(), "diag": kd_diag.detach(), "off": kd_off.detach()}
 
 
@@ -206,73 +210,352 @@ def gather(x):
     return torch.cat(torch.distributed.nn.functional.all_gather(x))
 
 
-MAX_LOG_SCALE = math.log(100) - 1e-6  # a hair less, so that exp() stays at most 100 in fp32
-
-
 @torch.no_grad()
 def clamp_scale(clip):
-    """Bounds the logit scale to 100: part of the method, see `dark_loss`."""
-    clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
+    """Bounds the logit scale to 100: part of the method, see `dark_loss`. A hair less, so that fp32's exp() agrees."""
+    clip.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
 
-# ---------------------------------------------------------------- processes and messages
+# ---------------------------------------------------------------- models
+
+PREPROCESS = ("size", "mean", "std", "interpolation")
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
+class Model(nn.Module):
+    """An open_clip model with its tokenizer and preprocessing: from raw pixels and tokens to embeddings.
+
+    size: pixels, of the square input. mean, std: of R, G, B in 0..1. interpolation: bicubic or bilinear.
+    projections: two linear layers to the teacher's width for the feature-KD row, else none.
+    """
+
+    def __init__(self, name, clip, tokenizer, preprocess):
+        super().__init__()
+        self.name, self.clip, self.tokenizer, self.context_length = name, clip, tokenizer, tokenizer.context_length
+        self.size, self.mean, self.std, self.interpolation = (preprocess[key] for key in PREPROCESS)
+        self.projections = nn.ModuleList()
+
+    def pixels(self, images):
+        """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
+        x = images.permute(0, 3, 1, 2).float() / 255  # channels last in memory, which is fast on a GPU
+        x = x if x.is_cuda else x.contiguous()  # and crashes torch 2.15 in MobileCLIP2-S0's backward on a CPU
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
+        return (x - constant(self.mean, x.device)) / constant(self.std, x.device)
+
+    def embed(self, images, tokens):
+        """(n, H, H, 3) uint8, (n, context) -> image (n, D), text (n, D), and their (n, D_t) projections if any."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            image, text = self.clip.encode_image(self.pixels(images)), self.clip.encode_text(tokens)
+            return image, text, *(f(F.normalize(x, dim=-1)) for f, x in zip(self.projections, (image, text)))
+
+    def forward(self, images, tokens, chunk):
+        """-> `embed` of all n pairs, and the logit scale. Backward holds the activations of `chunk` pairs at a time.
+
+        For that it embeds each chunk again, with the same dropout. The loss between sees all n pairs, so the gradient
+        is the whole batch's; plain accumulation would be another objective, whose softmax sees only `chunk` negatives.
+        """
+        embed = self.embed
+        if torch.is_grad_enabled() and chunk < len(tokens):
+            spare = lambda: {name: buffer.clone() for name, buffer in self.named_buffers()}  # batch norm moves once
+            contexts = lambda: (nullcontext(), _reparametrize_module(self, spare()))
+            embed = partial(checkpoint, self.embed, use_reentrant=False, context_fn=contexts)
+        parts = [embed(*part) for part in zip(images.split(chunk), tokens.split(chunk))]
+        return [torch.cat(rows) for rows in zip(*parts)], self.clip.logit_scale.exp()
 
 
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))  # likewise
+@lru_cache
+def constant(values, device):
+    return torch.tensor(values, device=device).view(3, 1, 1)  # copied to the device once: each copy would wait for it
 
 
-def say(message):
-    if rank() == 0:
-        tqdm.write(message)
+def freeze_unused(model):
+    """Freezes what neither embedding uses (CoCa's decoder, SigLIP's bias), whose gradient DDP would wait for -> D."""
+    parameters = [p for p in model.clip.parameters() if p is not model.clip.logit_scale]
+    image, text = model.eval().embed(
+        torch.zeros(1, model.size, model.size, 3, dtype=torch.uint8), model.tokenizer([""])
+    )
+    gradients = torch.autograd.grad(image.sum() + text.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None)
+    return image.shape[1]
 
 
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every machine: it may be the only one that lacks the file
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+@timm.models.register_model
+def fastvit_demo(num_classes, global_pool="avg", **_):
+    """The demonstration's image tower: FastViT's own blocks, few and thin, with layer scales that suit ten epochs."""
+    shape = dict(layers=(1, 1, 2, 1), embed_dims=(24, 48, 96, 192), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
+    return timm.models.FastVit(**shape, num_classes=num_classes, global_pool=global_pool)
 
 
-def stop(message):
-    """Something went wrong in the middle of a run: one line on stderr, exit code 1."""
-    sys.exit(f"\n{Path(sys.argv[0]).name}: stopped: {message}")
-
-
-def one_line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def everyones(indices):
-    """The union of a set of indices over the processes."""
-    if not dist.is_initialized():
-        return indices
-    sets = [None] * world_size()
-    dist.all_gather_object(sets, indices)
-    return set().union(*sets)
-
-
-# ---------------------------------------------------------------- data: what is read
-
-VIEWS = {
-    "trans-thalamic": "fetal brain, trans-thalamic plane",
-    "trans-cerebellum": "fetal brain, trans-cerebellum plane",
-    "trans-ventricular": "fetal brain, trans-ventricular plane",
-    "abdomen": "fetal abdomen",
-    "femur": "fetal femur",
-    "heart": "fetal heart",
-    "cervix": "maternal cervix",
+DEMO_TEXT = dict(context_length=40, width=64, heads=2, layers=2)
+DEMO_VIT = dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8)
+DEMO_FASTVIT = dict(timm_model_name="fastvit_demo", timm_pool="avg", timm_proj=None, image_size=64)
+DEMO_MODELS = {
+    "demo-vit": dict(embed_dim=128, vision_cfg=DEMO_VIT, text_cfg=DEMO_TEXT),
+    "demo-fastvit": dict(embed_dim=64, vision_cfg=DEMO_FASTVIT, text_cfg=DEMO_TEXT),
 }
+
+
+def open_model(name, weights="", context_length=0, flag="--weights"):
+    """Any open_clip model, or one of DEMO_MODELS, with weights from a PATH, an open_clip TAG, or at random -> Model.
+
+    Preprocessing is the tag's, else what open_clip lists for the architecture's first tag: for a path open_clip itself
+    would take OpenAI's, which is wrong for MobileCLIP2. `flag`: what the weights were given by.
+    """
+    schema, tag = ":" in name, "" if Path(weights).is_file() else weights  # hf-hub:, local-dir: bring their weights
+    name = name if schema else name.replace("/", "-")
+    known, tags = [*DEMO_MODELS, *open_clip.list_models()], open_clip.list_pretrained_tags_by_model(name)
+    if not schema and name not in known:
+        fail(f"{name!r} is no model; near it are {', '.join(difflib.get_close_matches(name, known, 5, 0))}")
+    if tag and tag not in tags:
+        fail(f"{flag} {weights}: neither a file nor a tag of {name} (tags: {', '.join(tags) or 'none'})")
+    with words(f"{name} {tag} cannot be opened ({flag} PATH takes a local file)"):
+        if name in DEMO_MODELS:
+            text = {**DEMO_TEXT, "context_length": context_length or DEMO_TEXT["context_length"]}
+            clip = open_clip.CLIP(**{**DEMO_MODELS[name], "text_cfg": text})
+            tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
+            preprocess = dict(size=clip.visual.image_size, mean=(0.2,) * 3, std=(0.2,) * 3, interpolation="bilinear")
+        else:
+            tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
+            required = bool(tag) or (schema and not weights)  # else a failed download would be random weights
+            more = dict(force_context_length=context_length or None, require_pretrained=required)
+            clip = open_clip.create_model(name, pretrained=tag or None, **more)
+            listed = open_clip.get_pretrained_cfg(name, tags[0]) if tags and not tag else {}
+            preprocess = {**clip.visual.preprocess_cfg, **listed}
+        preprocess["size"] = np.ravel(preprocess["size"]).tolist()[0]
+    if weights and not tag:
+        load_weights(clip, weights, f"{flag} {weights}")
+    return Model(name, clip, tokenizer, preprocess)
+
+
+def load_weights(clip, path, what):
+    """Loads a state dict, bare or under "state_dict" or "model", strictly, after the conversions that bring what is
+    published to open_clip's names: wrappers' prefixes, Apple's names of FastViT's layers, custom text towers."""
+    state = read_file(path, what)
+    with words(f"{what}: no state dict of this model"):
+        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+        if "visual.trunk.patch_embed.0.rbr_conv.0.conv.weight" in state:
+            trunk = {k.removeprefix("visual.trunk."): state.pop(k) for k in [*state] if k.startswith("visual.trunk.")}
+            trunk = timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk)
+            state |= {f"visual.trunk.{key}": value for key, value in trunk.items()}
+        state = open_clip.convert.convert_state_dict(clip, state)
+        if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
+            state = open_clip.model.convert_to_custom_text_state_dict(state)
+        state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
+        tokens = [len(state[k]) for k in ("positional_embedding", "text.positional_embedding") if k in state]
+        open_clip.model.resize_pos_embed(state, clip)
+        open_clip.model.resize_text_pos_embed(state, clip)
+        clip.load_state_dict(state)
+    if tokens and tokens != [clip.context_length]:
+        say(f"note: {path} has {tokens[0]} text positions, resized to {clip.context_length}; see --context-length")
+
+
+# ---------------------------------------------------------------- data
+
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Pairs(Dataset):
+    """The image-caption pairs of all sources. An item is an (epoch, index); its view depends on it and the seed alone.
+
+    Where each pair lies is one line of one long text: ten million Python objects would be copied to every worker.
+    Images come at the largest input size of `models` with the draw of their augmentation; what is left, to augment and
+    to resize for the smaller model, is done for whole batches on the device.
+    """
+
+    def __init__(self, cfg):
+        self.seed, self.text, ends = cfg.seed, bytearray(), [0]
+        for place in find_pairs(cfg):
+            self.text += "\0".join(map(str, place)).encode()
+            ends.append(len(self.text))
+        self.ends, self.text = np.array(ends), bytes(self.text)
+        self.fingerprint = f"{len(self)} pairs, {hashlib.sha256(self.text).hexdigest()[:16]}"
+
+    def for_models(self, *models):
+        data = copy.copy(self)
+        data.tokenizers, largest = [m.tokenizer for m in models], max(models, key=lambda m: m.size)
+        data.view = [largest.size, largest.interpolation]  # of equals the first's, the student's
+        return data
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def place(self, index):
+        """-> path, offset, length of the image, caption."""
+        return self.text[self.ends[index] : self.ends[index + 1]].decode().split("\0")
+
+    def __getitem__(self, item):
+        """-> (S, S, 3) uint8 image, (6,) view, caption, the item, the indices that did not decode."""
+        (size, interpolation), image, text, bad = self.view, Image.new("L", (1, 1)), "", []
+        while len(bad) <= len(self) // 100:  # the training stops at more
+            index = (item[1] + len(bad)) % len(self)
+            try:
+                image, text = read_pair(self.seed, *self.place(index))
+                if image.format == "JPEG":  # decoded at half its size or less, where that is still twice what is needed
+                    image.draft(None, [math.ceil(2 * size / max(image.size) * side) for side in image.size])
+                image = square(image, size, interpolation)
+                break
+            except UNDECODABLE:
+                bad.append(index)
+        view = draw_view(np.random.default_rng([self.seed, *item]))
+        return torch.from_numpy(np.array(image.convert("RGB"))), torch.from_numpy(view), text, item, bad
+
+    def collate(self, samples):
+        """-> (n, S, S, 3) images, (n, 6) views, (n, context) tokens per model, items, share of repeats, undecodable."""
+        images, views, texts, items, bad = zip(*samples)
+        tokens = [tokenizer(list(texts)) for tokenizer in self.tokenizers]
+        repeated = 1 - len(set(texts)) / len(texts)  # false negatives, which a negative beta repels most
+        return torch.stack(images), torch.stack(views), tokens, items, repeated, {i for b in bad for i in b}
+
+
+def batches(n, batch, steps, seed, process=0, world=1):
+    """Yields the (epoch, index) pairs of every optimizer step in range(*steps), this process's share of each.
+
+    The epochs are permutations of n that depend on (seed, epoch) alone, laid end to end and cut into batches:
+    every pair once an epoch, all batches of one size, and any step can be entered without those before it.
+    """
+    order = {}
+    for step in range(*steps):
+        first = step * batch + process * (batch // world)
+        positions = range(first, first + batch // world)
+        epochs = {positions[0] // n, positions[-1] // n}
+        order = {e: order[e] if e in order else np.random.default_rng([seed, e]).permutation(n) for e in epochs}
+        yield [(p // n, int(order[p // n][p % n])) for p in positions]
+
+
+def draw_view(rng):
+    """The random part of the coupled augmentation (paper, 3.6), once per sample and so alike for both models: angle
+    in radians, shift in x and y as shares of the half side, factors of brightness, contrast and saturation."""
+    angle, shift = math.radians(rng.uniform(-7, 7)), 2 * rng.uniform(-0.05, 0.05, 2)
+    return np.array([angle, *shift, *rng.uniform(0.85, 1.15, 3)], np.float32)
+
+
+def augment(images, views):
+    """(n, S, S, 3) uint8 and n draws of `draw_view` (n, 6) -> the images so seen, on their device."""
+    x = images.permute(0, 3, 1, 2).float() / 255  # (n, 3, S, S)
+    angle, dx, dy, brightness, contrast, saturation = (v.view(-1, 1, 1, 1) for v in views.unbind(1))
+    rotation = torch.cat([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).view(-1, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(rotation, x.shape, align_corners=False), align_corners=False)
+    luminance = lambda x: 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # (n, 1, S, S)
+    x = (x * brightness).clamp(0, 1)
+    grey = luminance(x).mean((2, 3), keepdim=True)  # (n, 1, 1, 1)
+    x = (grey + contrast * (x - grey)).clamp(0, 1)
+    grey = luminance(x)
+    x = (grey + saturation * (x - grey)).clamp(0, 1)
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+MAX_SIDE = 16_384  # pixels; padded to a square, a longer image would fill the memory
+
+
+def square(image, size, interpolation):
+    """An opened image of any Pillow mode -> 'L' or 'RGB', upright (EXIF), zero-padded to a centred square, resized.
+
+    Deep greys are scaled to 0..255 (Pillow's own convert would clip them); what is transparent becomes black.
+    """
+    side = max(image.size)
+    if side > MAX_SIDE:
+        raise Image.DecompressionBombError(f"a side of {side} pixels, more than {MAX_SIDE}")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # I, I;16, I;16B, F
+        values = np.asarray(image, np.float64)
+        ranges = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))  # the I;16 are always that deep
+        full = next((r for r in ranges if values.max() <= r), 65535)
+        image = Image.fromarray(np.clip(values * (255 / full) + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    padded = Image.new(image.mode, (side, side))
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded.resize((size, size), Image.Resampling[interpolation.upper()])
+
+
+def find_pairs(cfg):
+    """--data -> path, offset, length (0: all of it) of the image, and caption, of every pair."""
+    for source in cfg.data:
+        with words(f"--data {source}"):
+            patterns = list(braceexpand(source))
+        for pattern in patterns:
+            paths = sorted(glob.glob(pattern)) or [pattern] * Path(pattern).is_file()
+            if pattern == "phantom":
+                yield from ((pattern, i, 0, "") for i in range(cfg.phantom_pairs))
+            elif not paths:
+                fail(f"--data {source}: no file matches {pattern} (valid: phantom, pairs.csv, a pattern of tars)")
+            for path in tqdm(paths, desc="indexing", leave=False, delay=2):
+                yield from find_in_table(path) if path.endswith((".csv", ".tsv")) else find_in_tar(path)
+
+
+def find_in_tar(path):
+    """A WebDataset shard: a key is one image (jpg, jpeg, png, webp) and one txt; other members are passed over."""
+    found, kinds = {}, {"txt": "txt", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}
+    advice = "gunzip it" if path.endswith("gz") else "not a readable tar; a table must be named .csv or .tsv"
+    with words(f"--data {path}: {advice}"), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            key, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
+            kind = kinds.get(extension.lower())
+            if member.isfile() and key and kind:
+                pair = found.setdefault((folder, key), {})
+                if kind in pair:
+                    fail(f"--data {path}: key {key} has more than one {kind}")
+                pair[kind] = member
+        tar.fileobj.seek(tar.offset)
+        # tarfile takes a cut between two members for the end; a whole archive ends in blocks of zeros.
+        if tar.fileobj.read(512) != bytes(512):
+            fail(f"--data {path}: truncated or damaged, the end-of-archive mark is missing")
+        pairs = [pair for pair in found.values() if len(pair) == 2]
+        if not pairs:
+            fail(f"--data {path}: no pair of an image (jpg, jpeg, png, webp) and a txt with the same key")
+        for pair in pairs:
+            caption = tar.extractfile(pair["txt"]).read().decode()
+            yield path, pair["image"].offset_data, pair["image"].size, caption.strip()
+
+
+def find_in_table(path):
+    """A CSV (.tsv: by tabs) with `image`, relative to the file, and `caption`; open_clip's `filepath` and `title`."""
+    missing, n = [], 0
+    for n, row in enumerate(read_table(path, delimiter="\t" if path.endswith(".tsv") else ","), 1):
+        image, caption = row.get("image", row.get("filepath")), row.get("caption", row.get("title"))
+        if image is None or caption is None:
+            fail(f"--data {path}: has no column {'caption' if image else 'image'!r}; its columns are {[*row]}")
+        image = Path(path).parent / image
+        missing += [image] * (not image.is_file())
+        yield image, 0, -1, caption.strip()
+    if missing:
+        fail(f"--data {path}: {len(missing)} of {n} images are not there, the first is {missing[0]}")
+
+
+def read_table(path, columns=(), delimiter=","):
+    """Yields the rows of a CSV file in UTF-8 as dictionaries of strings; fails where a column or a value is missing."""
+    row = None
+    with words(f"{path}: no table in UTF-8"), open(path, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        absent = [c for c in columns if c not in (table.fieldnames or [])]
+        if absent:
+            fail(f"{path}: has no column {absent[0]!r}; its columns are {table.fieldnames}")
+        for row in table:
+            if None in row or None in row.values():
+                fail(f"{path}: line {table.line_num} has too many or too few values (a comma in one needs quotes)")
+            yield row
+    if not row:
+        fail(f"{path}: has no rows")
+
+
+def read_pair(seed, path, offset, length, caption):
+    """-> the opened image, and the caption."""
+    if path == "phantom":
+        return phantom_pair(seed, int(offset))
+    with open(path, "rb") as file:
+        file.seek(int(offset))
+        return Image.open(io.BytesIO(file.read(int(length)))), caption
+
+
+# ---------------------------------------------------------------- data: a synthetic ultrasound
+
+BRAIN_PLANES = ("trans-thalamic", "trans-cerebellum", "trans-ventricular")
+VIEWS = {plane: f"fetal brain, {plane} plane" for plane in BRAIN_PLANES}
+VIEWS |= {"abdomen": "fetal abdomen", "femur": "fetal femur", "heart": "fetal heart", "cervix": "maternal cervix"}
 CAPTIONS = ("Ultrasound of the {view}", "Prenatal ultrasound image showing the {view}", "{view} on ultrasound")
 DETAILS = (
     "{caption}, {weeks} weeks and {day} days, {spacing:.2f} mm per pixel.",
@@ -285,14 +568,7 @@ WHO_HC50 = (2.09924879247164, 0.253373656106037, -0.00605647816678282, 0.0000514
 
 def who_hc(days, curve=WHO_HC50):
     """Head circumference in mm at a gestational age in days: the WHO growth chart, 50th percentile by default."""
-    t = np.asarray(days) / 7
-    return np.exp(curve[0] + curve[1] * t + curve[2] * t**2 + curve[3] * t**3)
-
-
-def age_of(hc_mm):
-    """The age in days, 10 to 42 weeks, whose median head circumference is nearest to hc_mm."""
-    ages = np.arange(10 * 7, 42 * 7)
-    return int(ages[np.abs(who_hc(ages) - hc_mm).argmin()])
+    return np.exp(np.polyval(curve[::-1], np.asarray(days) / 7))
 
 
 def caption(index, view, days=None, spacing=None):
@@ -301,11 +577,6 @@ def caption(index, view, days=None, spacing=None):
     if days is None:
         return text + "."
     return DETAILS[index // 3 % 3].format(caption=text, weeks=days // 7, day=days % 7, spacing=spacing)
-
-
-def model_spacing(image, pixel_mm, size):
-    """mm per pixel after `image` (pixel_mm per pixel) is padded to a square and resized to size x size."""
-    return max(image.size) / size * pixel_mm
 
 
 # What the phantom shows: ovals (x, y, half-axis in x, in y, fill, wall) in half-lengths of the head; 0 is no wall.
@@ -363,779 +634,492 @@ def phantom(seed, index, width=160, height=120):
     return image, {"view": view, "days": days, "pixel_mm": pixel_mm, "hc_mm": hc_mm}
 
 
-def read_phantom(seed, spacing_size, index):
+def phantom_pair(seed, index):
     image, label = phantom(seed, index)
     view = VIEWS[label["view"]]
     if index // 9 % 4 == 0:  # not every caption tells the plane of the brain
         view = view.partition(",")[0]
-    return image, caption(index, view, label["days"], model_spacing(image, label["pixel_mm"], spacing_size))
-
-
-def index_tar(path):
-    """The pairs of a WebDataset shard -> (n, 4) int64: offset and length of the image, then of the caption."""
-    members, order = {}, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
-                kind = {"txt": "text", **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")}.get(extension.lower())
-                if not (member.isfile() and key and kind):
-                    continue
-                if (folder, key, kind) in members:
-                    fail(f"--data {path}: key {key} has more than one {kind}")
-                members[folder, key, kind] = (member.offset_data, member.size)
-                if kind == "image":
-                    order.append((folder, key))
-            tar.fileobj.seek(tar.offset)
-            # tarfile takes a cut between two members for the end; a whole archive ends in blocks of zeros.
-            whole = tar.fileobj.read(512) == bytes(512)
-    except (tarfile.TarError, OSError) as error:
-        fail(f"--data {path}: not a readable tar ({error})")
-    if not whole:
-        fail(f"--data {path}: truncated or damaged, the end-of-archive mark is missing")
-    pairs = [members[*k, "image"] + members[*k, "text"] for k in order if (*k, "text") in members]
-    if not pairs:
-        fail(f"--data {path}: no pair of an image (jpg, jpeg, png, webp) and a txt with the same key")
-    return np.array(pairs, np.int64)
-
-
-def read_tar(path, index, i):
-    offset, length, text_offset, text_length = index[i].tolist()
-    with open(path, "rb") as file:
-        file.seek(offset)
-        image = file.read(length)
-        file.seek(text_offset)
-        text = file.read(text_length)
-    return Image.open(io.BytesIO(image)), text.decode("utf-8").strip()
-
-
-def read_table(path, columns, flag, delimiter=","):
-    """The rows of a CSV file as dictionaries; fails when the file or one of `columns` is not there."""
-    if not path.is_file():
-        fail(f"{flag}: there is no {path}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        missing = [c for c in columns if c not in (rows.fieldnames or [])]
-        if missing:
-            fail(f"{flag}: {path} has no column {missing[0]!r}; its columns are {rows.fieldnames}")
-        return list(rows)
-
-
-def require_files(paths, flag):
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
-        fail(f"{flag}: {len(missing)} of {len(paths)} images are not there, the first is {missing[0]}")
-
-
-PLANES = {  # FETAL_PLANES_DB's `Plane` -> words
-    "Fetal abdomen": "fetal abdomen",
-    "Fetal brain": "fetal brain",
-    "Fetal femur": "fetal femur",
-    "Fetal thorax": "fetal heart",
-    "Maternal cervix": "maternal cervix",
-    "Other": "fetus, another view",
-}
-BRAIN_PLANES = ("Trans-thalamic", "Trans-cerebellum", "Trans-ventricular")
-
-
-def planes_table(folder, flag):
-    """FETAL_PLANES_DB in its published layout -> a list of dict(image, plane, brain_plane, patient, train)."""
-    columns = ["Image_name", "Patient_num", "Plane", "Brain_plane", "Train "]  # the trailing space is theirs
-    rows = read_table(Path(folder) / "FETAL_PLANES_DB_data.csv", columns, flag, delimiter=";")
-    rows = [
-        {
-            "image": Path(folder) / "Images" / f"{row['Image_name']}.png",
-            "plane": row["Plane"].strip(),
-            "brain_plane": row["Brain_plane"].strip(),
-            "patient": row["Patient_num"].strip(),
-            "train": row["Train "].strip() == "1",
-        }
-        for row in rows
-    ]
-    unknown = sorted({row["plane"] for row in rows} - PLANES.keys())
-    if unknown:
-        fail(f"{flag}: unknown Plane {unknown[0]!r} in FETAL_PLANES_DB_data.csv; known are {', '.join(PLANES)}")
-    require_files([row["image"] for row in rows], flag)
-    return rows
-
-
-def hc18_table(folder, flag):
-    """HC18's training set in its published layout -> a list of dict(image, pixel_mm, hc_mm)."""
-    columns = ["filename", "pixel size(mm)", "head circumference (mm)"]
-    path = Path(folder) / "training_set_pixel_size_and_HC.csv"
-    table = []
-    for row in read_table(path, columns, flag):
-        try:
-            pixel_mm, hc_mm = float(row[columns[1]]), float(row[columns[2]])
-        except (TypeError, ValueError):
-            fail(f"{flag}: {path} has no number for {row[columns[0]]}")
-        table.append({"image": Path(folder) / "training_set" / row[columns[0]], "pixel_mm": pixel_mm, "hc_mm": hc_mm})
-    require_files([row["image"] for row in table], flag)
-    return table
-
-
-def read_planes(rows, index):
-    row = rows[index]
-    view = PLANES[row["plane"]]
-    if row["brain_plane"] in BRAIN_PLANES:
-        view += f", {row['brain_plane'].lower()} plane"
-    return Image.open(row["image"]), caption(index, view)
-
-
-def read_hc18(rows, spacing_size, index):
-    row = rows[index]
-    image = Image.open(row["image"])
-    return image, caption(
-        index, "fetal brain", age_of(row["hc_mm"]), model_spacing(image, row["pixel_mm"], spacing_size)
-    )
-
-
-def open_source(source, cfg):
-    """One value of --data -> a list of (name, number of pairs, function of an index that reads image and caption)."""
-    flag = f"--data {source}"
-    if source == "phantom":
-        return [(source, cfg.phantom_pairs, partial(read_phantom, cfg.seed, cfg.spacing_size))]
-    if source.startswith("planes:"):
-        rows = [row for row in planes_table(source.removeprefix("planes:"), flag) if row["train"]]
-        if not rows:
-            fail(f"{flag}: no row has `Train ` = 1")
-        return [(source, len(rows), partial(read_planes, rows))]
-    if source.startswith("hc18:"):
-        rows = hc18_table(source.removeprefix("hc18:"), flag)
-        if not rows:
-            fail(f"{flag}: training_set_pixel_size_and_HC.csv has no rows")
-        return [(source, len(rows), partial(read_hc18, rows, cfg.spacing_size))]
-    paths = []
-    for pattern in braceexpand(source):
-        if os.path.isdir(pattern):
-            fail(f"{flag}: {pattern} is a folder; give '{pattern}/*.tar', planes:{pattern} or hc18:{pattern}")
-        found = sorted(glob.glob(pattern)) or [pattern] * os.path.isfile(pattern)
-        if not found:
-            fail(f"{flag}: no file matches {pattern} (valid: phantom, planes:DIR, hc18:DIR or a pattern of tars)")
-        paths += found
-    indices = [index_tar(path) for path in tqdm(paths, desc="indexing", leave=False, disable=len(paths) < 4)]
-    return [(path, len(index), partial(read_tar, path, index)) for path, index in zip(paths, indices)]
-
-
-# ---------------------------------------------------------------- data: what the models see
-
-
-def to_8bit(image):
-    """Any Pillow mode -> 'L' or 'RGB'. Deep greys are scaled to 0..255; what is transparent becomes black."""
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode[0] in "IF":  # I, I;16, I;16B, F: Pillow's own convert() would clip at 255
-        values = np.asarray(image, np.float64)
-        top = values.max(initial=0)
-        shallow = top <= 255 and image.mode in ("I", "F")  # I;16 is always 16 bits deep
-        full = 1 if image.mode == "F" and top <= 1 else 255 if shallow else 65535
-        return Image.fromarray(np.clip(values * (255 / full) + 0.5, 0, 255).astype(np.uint8))
-    if image.mode in ("1", "CMYK", "YCbCr", "LAB", "HSV"):
-        return image.convert("L" if image.mode == "1" else "RGB")
-    image = image.convert("RGBA")  # LA, PA, P, RGBA, RGBa, RGBX
-    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-
-
-def square(image, size, interpolation):
-    """Zero-pads a 'L' or 'RGB' image to a centred square and resizes it to size x size."""
-    side = max(image.size)
-    if image.size != (side, side):
-        padded = Image.new(image.mode, (side, side))
-        padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = padded
-    return image.resize((size, size), Image.Resampling[interpolation.upper()]) if side != size else image
-
-
-def decode(image, size):
-    """Decodes an opened image, a JPEG at half or less of its size where that still is twice what is needed."""
-    if image.format == "JPEG":
-        shrink = 2 * size / max(image.size)
-        image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    return to_8bit(image)
-
-
-def draw_view(rng):
-    """The random part of the coupled augmentation (paper, 3.6), once per sample and so alike for both models: angle
-    in radians, shift in x and y as shares of the half side, factors of brightness, contrast and saturation."""
-    angle, shift = math.radians(rng.uniform(-7, 7)), 2 * rng.uniform(-0.05, 0.05, 2)
-    return np.array([angle, *shift, *rng.uniform(0.85, 1.15, 3)], np.float32)
-
-
-def augment(images, views):
-    """(n, S, S, 3) uint8 and n draws of `draw_view` (n, 6) -> the images so seen, on their device."""
-    x = images.permute(0, 3, 1, 2).float() / 255  # (n, 3, S, S)
-    angle, dx, dy, brightness, contrast, saturation = (v.view(-1, 1, 1, 1) for v in views.unbind(1))
-    rotation = torch.cat([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).view(-1, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(rotation, x.shape, align_corners=False), align_corners=False)
-    x = (x * brightness).clamp(0, 1)
-    grey = luminance(x).mean((2, 3), keepdim=True)  # (n, 1, 1, 1)
-    x = (grey + contrast * (x - grey)).clamp(0, 1)
-    grey = luminance(x)  # (n, 1, S, S)
-    x = (grey + saturation * (x - grey)).clamp(0, 1)
-    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def luminance(x):
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
-UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-class Pairs(Dataset):
-    """Image-caption pairs of all sources. An item is addressed by (epoch, index); its view depends on nothing else.
-
-    Images come at the largest input size of `models`, with the draw of their augmentation; what is left, to augment
-    and to resize for the smaller model, is done for whole batches on the device.
-    """
-
-    def __init__(self, cfg, models, sources=None):
-        self.sources = sources or [part for source in cfg.data for part in open_source(source, cfg)]
-        self.ends = np.cumsum([n for _, n, _ in self.sources])
-        self.seed = cfg.seed
-        largest = max(models, key=lambda m: m.size)  # of equals the first, the student
-        self.size, self.interpolation = largest.size, largest.interpolation
-        self.tokenizers = [m.tokenizer for m in models]
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def locate(self, index):
-        """-> name of the source, its function that reads a pair, and the index of the pair in it."""
-        source = int(np.searchsorted(self.ends, index, side="right"))
-        name, n, read = self.sources[source]
-        return name, read, index - int(self.ends[source]) + n
-
-    def where(self, index):
-        name, _, i = self.locate(index)
-        return f"pair {i} of {name}"
-
-    def __getitem__(self, item):
-        """-> (S, S, 3) uint8 image, (6,) view, caption, indices that did not decode."""
-        epoch, index = item
-        bad = []
-        while True:
-            _, read, i = self.locate((index + len(bad)) % len(self))
-            try:
-                image, text = read(i)
-                image = square(decode(image, self.size), self.size, self.interpolation)
-                break
-            except UNDECODABLE:
-                bad.append((index + len(bad)) % len(self))
-                if len(bad) > len(self) // 100:  # the training loop stops at this many
-                    image, text = Image.new("L", (self.size, self.size)), ""
-                    break
-        view = draw_view(np.random.default_rng([self.seed, epoch, index]))
-        return torch.from_numpy(np.array(image.convert("RGB"))), torch.from_numpy(view), text, bad
-
-    def collate(self, items):
-        """-> (n, S, S, 3) images, (n, 6) views, (n, context) tokens per model, share of repeated captions, bad."""
-        images, views, texts, bad = zip(*items)
-        tokens = [self.tokenizers[0](list(texts))]
-        for tokenizer in self.tokenizers[1:]:  # CLIP's own, which is slow, is often the teacher's and the student's
-            tokens.append(tokens[0] if same_tokenizer(tokenizer, self.tokenizers[0]) else tokenizer(list(texts)))
-        repeated = 1 - len(set(texts)) / len(texts)
-        return torch.stack(images), torch.stack(views), tokens, repeated, sorted({i for b in bad for i in b})
-
-
-def same_tokenizer(a, b):
-    clip = open_clip.SimpleTokenizer
-    return type(a) is type(b) is clip and (a.context_length, a.clean_fn, a.reduction_fn) == (
-        b.context_length,
-        b.clean_fn,
-        b.reduction_fn,
-    )
-
-
-def batches(n, batch, steps, seed, process=0, world=1):
-    """Yields the (epoch, index) pairs of every optimizer step in range(*steps), this process's share of each.
-
-    The epochs are permutations of n that depend on (seed, epoch) alone, laid end to end and cut into batches:
-    every pair once an epoch, all batches of one size, and any step can be entered without those before it.
-    """
-    order = {}
-    for step in range(*steps):
-        first = step * batch + process * (batch // world)
-        positions = range(first, first + batch // world)
-        epochs = {positions[0] // n, positions[-1] // n}
-        order = {e: order[e] if e in order else np.random.default_rng([seed, e]).permutation(n) for e in epochs}
-        yield [(p // n, int(order[p // n][p % n])) for p in positions]
-
-
-# ---------------------------------------------------------------- models
-
-
-@dataclass
-class Model:
-    """An open_clip model with what belongs to it: its tokenizer and its preprocessing."""
-
-    name: str
-    clip: nn.Module
-    tokenizer: object  # list of n strings -> (n, context_length)
-    context_length: int  # tokens
-    size: int  # pixels, the side of the square input
-    mean: tuple  # R, G, B, of pixels in 0..1
-    std: tuple
-    interpolation: str  # bicubic or bilinear
-
-    def pixels(self, images):
-        """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
-        x = (images.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout(images.device))
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
-        mean, std = (constant(v, x.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
-
-
-def layout(device):
-    """Channels last is faster on a GPU. On a CPU torch 2.15 crashes in MobileCLIP2-S0's backward with it."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-@functools.lru_cache
-def constant(values, device):
-    return torch.tensor(values, device=device)  # copied to the device once: each copy would wait for it
-
-
-@timm.models.register_model
-def fastvit_demo(num_classes, global_pool="avg", **_):
-    """The demonstration's image tower: FastViT's own blocks, few and thin."""
-    return timm.models.FastVit(
-        layers=(1, 1, 2, 1),
-        embed_dims=(24, 48, 96, 192),
-        mlp_ratios=(2, 2, 2, 2),
-        layer_scale_init_value=0.1,  # 1e-5 suits hundreds of epochs, not ten
-        num_classes=num_classes,
-        global_pool=global_pool,
-    )
-
-
-DEMO_MODELS = {
-    "demo-vit": dict(
-        embed_dim=128,
-        vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8),
-        text_cfg=dict(context_length=40, width=64, heads=2, layers=2),
-    ),
-    "demo-fastvit": dict(
-        embed_dim=64,
-        vision_cfg=dict(timm_model_name="fastvit_demo", timm_pool="avg", timm_proj=None, image_size=64),
-        text_cfg=dict(context_length=40, width=64, heads=2, layers=2),
-    ),
-}
-
-
-def open_model(name, weights="", context_length=0, mean="", std="", flag="--weights"):
-    """Any open_clip model, or one of DEMO_MODELS, with weights from a PATH, an open_clip TAG, or at random.
-
-    Size, mean, std and interpolation are those of the tag, else those that open_clip lists for the first tag of
-    the architecture: for a path open_clip itself would take OpenAI's, which is wrong for MobileCLIP2. Fails with
-    one line when the name, the tag, the file or its keys are not right.
-    """
-    schema = ":" in name  # hf-hub:... and local-dir:... bring their own weights
-    name = name if schema else name.replace("/", "-")
-    is_file = bool(weights) and Path(weights).is_file()
-    tags = [] if schema else open_clip.list_pretrained_tags_by_model(name)
-    if not schema and name not in DEMO_MODELS and name not in open_clip.list_models():
-        valid = [*DEMO_MODELS, *open_clip.list_models()]
-        near = difflib.get_close_matches(name, valid, n=5) or valid[:5]
-        fail(f"{name!r} is no model; near it are {', '.join(near)}; open_clip.list_models() lists {len(valid) - 2}")
-    if weights and not is_file and weights not in tags:
-        fail(f"{flag} {weights}: neither a file nor a tag of {name} (tags: {', '.join(tags) or 'none'})")
-    if name in DEMO_MODELS:
-        arch = DEMO_MODELS[name]
-        text_cfg = {**arch["text_cfg"], **({"context_length": context_length} if context_length else {})}
-        clip = open_clip.CLIP(**{**arch, "text_cfg": text_cfg})
-        tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
-        preprocess = {
-            "size": clip.visual.image_size,
-            "mean": (0.2,) * 3,
-            "std": (0.2,) * 3,
-            "interpolation": "bilinear",
-        }
-    else:
-        logging.disable(logging.ERROR)  # open_clip warns of random weights, which may well be wanted
-        try:
-            tag = weights if weights and not is_file else None
-            clip = open_clip.create_model(
-                name,
-                pretrained=tag,
-                force_context_length=context_length or None,
-                require_pretrained=bool(tag) or (schema and not is_file),  # else a failed download is random weights
-            )
-            tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
-        except (RuntimeError, OSError, ValueError) as error:
-            fail(f"{flag} {weights or name}: could not be loaded; {flag} PATH takes a local file ({one_line(error)})")
-        finally:
-            logging.disable(logging.NOTSET)
-        preprocess = dict(clip.visual.preprocess_cfg)
-        if not tag and tags:
-            preprocess.update(open_clip.get_pretrained_cfg(name, tags[0]), size=preprocess["size"])
-    if is_file:
-        load_weights(clip, weights, flag)
-    if getattr(clip, "logit_bias", None) is not None:
-        clip.logit_bias.requires_grad_(False)  # SigLIP's; a softmax does not see it
-    size = preprocess["size"]
-    return Model(
-        name,
-        clip,
-        tokenizer,
-        tokenizer.context_length,
-        size if isinstance(size, int) else size[0],
-        parse_rgb(mean) or tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        parse_rgb(std) or tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
-        preprocess.get("interpolation", "bicubic"),
-    )
-
-
-def parse_rgb(text):
-    """'0.5,0.5,0.5' -> (0.5, 0.5, 0.5); '' -> ()."""
-    try:
-        values = tuple(float(v) for v in text.split(",")) if text else ()
-    except ValueError:
-        values = (math.nan,)
-    if text and not (len(values) == 3 and all(map(math.isfinite, values))):
-        fail(f"{text!r}: a mean or std is three numbers with commas between them, such as 0.485,0.456,0.406")
-    return values
-
-
-def load_weights(clip, path, flag):
-    """Loads a state dict (.pt, .safetensors, bare or under "state_dict") after open_clip's conversions; strict."""
-    try:
-        state = open_clip.factory.load_state_dict(path)
-        positions = {v.shape[0] for k, v in state.items() if k in ("positional_embedding", "text.positional_embedding")}
-    except (RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError, StopIteration) as error:
-        fail(f"{flag} {path}: no state dict ({one_line(error)})")
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        fail(f"{flag} {path}: no weights file that can be read safely ({type(error).__name__})")
-    try:
-        result = open_clip.load_checkpoint(clip, path, strict=False)
-        wrong = [f"missing {k}" for k in result.missing_keys] + [f"unexpected {k}" for k in result.unexpected_keys]
-    except (RuntimeError, AssertionError) as error:  # shapes; open_clip asserts that of the positions
-        own = {k: tuple(v.shape) for k, v in clip.state_dict().items()}
-        wrong = [f"{k} is {tuple(v.shape)}, not {own[k]}" for k, v in state.items() if k in own and v.shape != own[k]]
-        wrong += [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-        wrong = wrong or [one_line(error)]
-    if wrong:
-        fail(
-            f"{flag} {path}: {len(wrong)} keys do not match the model: {', '.join(wrong[:4])}"
-            + ", ..." * (len(wrong) > 4)
-        )
-    if positions and positions != {clip.context_length}:
-        say(
-            f"note: {path} has {positions.pop()} text positions, resized to {clip.context_length}; see --context-length"
-        )
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: a kill leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-FORMAT = "dark-1"
-
-
-def save_checkpoint(path, model, step, epoch, cfg, **more):
-    """Self-describing: `model_from_checkpoint` needs nothing else. `state_dict` is open_clip's, so that the file
-    itself can be given to --teacher-weights or --student-weights."""
-    preprocess = {k: getattr(model, k) for k in ("size", "mean", "std", "interpolation")}
-    checkpoint = {
-        "format": FORMAT,
-        "architecture": model.name,
-        "context_length": model.context_length,
-        "preprocess": preprocess,
-        "state_dict": model.clip.state_dict(),
-        "step": step,
-        "epoch": epoch,
-        "config": dataclasses.asdict(cfg),
-        **more,
-    }
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def load_checkpoint(path):
-    """Reads a checkpoint of this project on the CPU; fails when it is missing, truncated or something else."""
-    if not Path(path).is_file():
-        fail(f"{path}: there is no such checkpoint; python dark.py writes out/student.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        fail(f"{path}: not a readable checkpoint: truncated, damaged, or another kind of file")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        fail(
-            f"{path}: not a checkpoint of dark.py (format {FORMAT}); plain weights go with --model NAME --weights FILE"
-        )
-    return checkpoint
-
-
-def model_from_checkpoint(checkpoint):
-    """The model that `save_checkpoint` was given, in eval mode."""
-    model = open_model(checkpoint["architecture"], context_length=checkpoint["context_length"])
-    try:
-        model.clip.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError:
-        fail(f"the checkpoint's weights do not fit {model.name} as it is in this version of dark.py and open_clip")
-    model.clip.eval()
-    return dataclasses.replace(model, **checkpoint["preprocess"])
+    return image, caption(index, view, label["days"], label["pixel_mm"] * max(image.size) / 64)  # of the 64 px input
 
 
 # ---------------------------------------------------------------- training
 
 
-class Towers(nn.Module):
-    """What DDP wraps: a model from raw pixels to embeddings and, for the feature-KD row, two linear projections."""
+def train(cfg, device, student, teacher, data, path, caught, keep=False):
+    """Trains `student` on `data` against `teacher` or, where that is None, with the CLIP loss alone -> its log.
 
-    def __init__(self, model, project_to=0):
-        super().__init__()
-        self.model, self.clip = model, model.clip
-        dim = embedding_size(model) if project_to else 0
-        self.projections = nn.ModuleList(nn.Linear(dim, project_to) for _ in range(2 if project_to else 0))
-
-    def forward(self, images, tokens):
-        """(n, H, W, 3) uint8, (n, context) -> [image (n, D), text (n, D), and their (n, D_t) projections], scale."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            image, text = self.clip.encode_image(self.model.pixels(images)), self.clip.encode_text(tokens)
-            projected = [project(F.normalize(x, dim=-1)) for project, x in zip(self.projections, (image, text))]
-        return [image, text, *projected], self.clip.logit_scale.exp()
-
-
-def embedding_size(model):
-    with torch.no_grad():
-        return model.clip.encode_text(model.tokenizer(["fetus"]).to(model.clip.logit_scale.device)).shape[1]
-
-
-def batch_loss(cfg, beta, embeddings, scale, targets, t_scale):
-    """The objective of one batch, from this process's embeddings and the whole batch's targets (None: CLIP alone)."""
-    image, text, *projected = (gather(x) for x in embeddings)
-    if targets is None:  # the student itself stands in, at weight 0
-        loss, parts = dark_loss(image, text, scale, image.detach(), text.detach(), scale.detach(), beta=0, diag=0)
-        return loss, {"clip": parts["clip"]}
-    diag = beta if cfg.coupled else cfg.diag
-    loss, parts = dark_loss(image, text, scale, *targets, t_scale, beta=beta, diag=diag, tau=cfg.tau, smooth=cfg.smooth)
-    if projected:
-        feature = sum(F.mse_loss(x.float(), F.normalize(t.float(), dim=-1)) for x, t in zip(projected, targets))
-        loss, parts["feature"] = loss + cfg.feature * feature, feature.detach()
-    return loss, parts
-
-
-def forward_backward(net, images, tokens, chunk, seeds, objective):
-    """Leaves the gradient of objective(embeddings, scale) of the whole batch in `net`, holding activations for at
-    most `chunk` pairs.
-
-    With several chunks the embeddings come first, without graph; the loss of all of them gives the gradient on
-    each embedding; then every chunk is embedded again, with graph, to carry its rows of that gradient on. Plain
-    accumulation would be another objective: its softmax would see no more than `chunk` negatives. (Batch norm, where a
-    tower has it, still takes its statistics from each chunk, as it does from each process under DDP.)
+    Goes on from the checkpoint at `path` where `previous` allows it; writes it after every epoch and when a signal
+    has been `caught`.
     """
-    if chunk >= len(tokens):
-        torch.manual_seed(seeds[0])
-        loss, parts = objective(*net(images, tokens))
+    n, chunk = len(data), cfg.micro_batch or cfg.batch // world_size()
+    total = cfg.epochs * n // cfg.batch  # T of Eq. 5 and 7, optimizer steps
+    torch.manual_seed(cfg.seed)
+    width = freeze_unused(student)
+    if cfg.feature:
+        student.projections.extend(nn.Linear(width, teacher.width) for _ in ("image", "text"))
+    student.to(device).train()
+    clamp_scale(student.clip)
+    optimizer = make_optimizer(cfg, student)
+    run = Run(cfg, data, path, total, student, optimizer, keep)
+    net = DistributedDataParallel(student) if dist.is_initialized() else student
+    loader = make_loader(cfg, data, (run.step, total), device)
+
+    for step in range(run.step, total):
+        images, views, tokens, items, repeated = run.wait_for(loader)
+        images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
+        images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
+        (image, text, *projected), scale = net(images, tokens[0], chunk)
+        lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
+        if teacher:
+            t_image, t_text, t_scale = *teacher(items, images, tokens[-1], chunk), teacher.scale
+            weights = dict(beta=beta, diag=beta if cfg.coupled else cfg.diag, tau=cfg.tau, smooth=cfg.smooth)
+        else:  # the student itself stands in, at weight 0
+            t_image, t_text, t_scale, weights = image.detach(), text.detach(), scale.detach(), dict(beta=0, diag=0)
+        image, text, t_image, t_text, *projected = map(gather, (image, text, t_image, t_text, *projected))
+        loss, parts = dark_loss(image, text, scale, t_image, t_text, t_scale, **weights)
+        if projected:
+            parts["feature"] = sum(map(feature_loss, projected, (t_image, t_text)))
+            loss = loss + cfg.feature * parts["feature"]
+
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return loss.detach(), parts
-    distributed = isinstance(net, DistributedDataParallel)
-    towers = net.module if distributed else net
-    chunks = list(zip(images.split(chunk), tokens.split(chunk), seeds, strict=True))
-    running = [buffer.clone() for buffer in towers.buffers()]  # batch-norm statistics must move once, not twice
-    first_pass = []
-    with torch.no_grad():
-        for chunk_images, chunk_tokens, seed in chunks:
-            torch.manual_seed(seed)  # the same dropout in both passes
-            first_pass.append(towers(chunk_images, chunk_tokens)[0])
-        for buffer, before in zip(towers.buffers(), running):
-            buffer.copy_(before)
-    embeddings = [torch.cat(rows).requires_grad_() for rows in zip(*first_pass)]
-    scale = towers.clip.logit_scale.exp().detach().requires_grad_()
-    loss, parts = objective(embeddings, scale)
-    loss.backward()
-    gradients = zip(*(x.grad.split(chunk) for x in embeddings))
-    for k, ((chunk_images, chunk_tokens, seed), gradient) in enumerate(zip(chunks, gradients), start=1):
-        # DDP is to average over the processes once, when the last chunk has added its part
-        with net.no_sync() if distributed and k < len(chunks) else nullcontext():
-            torch.manual_seed(seed)
-            outputs, chunk_scale = net(chunk_images, chunk_tokens)
-            torch.autograd.backward([*outputs, chunk_scale], [*gradient, scale.grad / len(chunks)])
-    return loss.detach(), parts
+        grad_norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_norm)
+        optimizer.step()
+        clamp_scale(student.clip)
+
+        if not teacher:
+            parts = {"clip": parts["clip"]}
+        figures = {"loss": loss, **parts, "logit_scale": student.clip.logit_scale.exp(), "grad_norm": grad_norm}
+        run.note(figures, dict(beta=beta, lr=lr, repeated_captions=repeated), caught)
+    return run.log
 
 
-@torch.no_grad()
-def embed(towers, images, tokens, chunk):
-    """A frozen teacher's image (N, D_t) and text (N, D_t) embeddings of the whole batch, on every process."""
-    outputs = [towers(i, t)[0] for i, t in zip(images.split(chunk), tokens.split(chunk))]
-    return [gather(torch.cat(rows)) for rows in zip(*outputs)]
+def feature_loss(projected, t):
+    """Mean squared error of a projected student embedding to the teacher's, (N, D_t) both, both brought to unit norm."""
+    return F.mse_loss(F.normalize(projected.float(), dim=-1), F.normalize(t.float(), dim=-1))
 
 
-def step_seed(*numbers):
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def make_optimizer(cfg, model):
+    # Biases, norms and gains (also those shaped (C, 1, 1)) and the logit scale are not decayed.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in parameters if (p.squeeze().ndim >= 2) == large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def make_loader(cfg, data, steps, device):
+    """This process's share of the batches of range(*steps), in order, from worker processes."""
+    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world_size())
+    how = dict(num_workers=default_workers() if cfg.workers < 0 else cfg.workers, pin_memory=device.type == "cuda")
+    return iter(DataLoader(data, batch_sampler=order, collate_fn=data.collate, worker_init_fn=ignore_signals, **how))
+
+
+class Teacher:
+    """A frozen model's embeddings of batches, kept in a folder where --teacher-cache names one.
+
+    The view of a pair is a function of (seed, epoch, index), and so are a frozen teacher's embeddings: `image-E.npy`
+    holds those of epoch E, `text.npy` the captions', (n, D_t) in fp16, NaN where not yet computed. What is used is
+    always what is stored, so cold and warm runs end with the same bits. `key.json` says what they belong to, and how
+    many positions of `batches` finished runs have filled: a run that goes no further does not load the model.
+    """
+
+    def __init__(self, cfg, weights, student, data, device):
+        self.cached, self.folder, self.n, self.device = (
+            bool(cfg.teacher_cache),
+            Path(cfg.teacher_cache),
+            len(data),
+            device,
+        )
+        self.model, self.maps, self.key, content = None, {}, {"positions": 0}, weights
+        if self.cached:
+            with words(f"--teacher-cache {self.folder}"):
+                if Path(weights).is_file():
+                    content = hashlib.sha256(np.memmap(weights)).hexdigest()
+                if (self.folder / "key.json").exists():
+                    self.key |= json.loads((self.folder / "key.json").read_text())
+        key = dict(teacher=cfg.teacher, weights=content, context_length=cfg.context_length, data=data.fingerprint)
+        key |= dict(seed=cfg.seed, student=[student.size, student.interpolation])
+        if self.key["positions"] < cfg.epochs * self.n // cfg.batch * cfg.batch:
+            self.model = open_model(cfg.teacher, weights, cfg.context_length, "--teacher-weights")
+            self.model.requires_grad_(False).eval().to(device)
+            width = self.model.clip.encode_text(self.model.tokenizer([""]).to(device)).shape[1]
+            key |= dict(
+                view=data.for_models(student, self.model).view,
+                preprocess=str([getattr(self.model, name) for name in PREPROCESS]),
+            )
+            key |= dict(width=width, scale=self.model.clip.logit_scale.exp().item())
+        for name, value in key.items():
+            if self.key.setdefault(name, value) != value:
+                fail(f"--teacher-cache {self.folder}: made with {name} {self.key[name]!r}, this run has {value!r}")
+        self.width, self.view, self.scale = (
+            self.key["width"],
+            self.key["view"],
+            torch.tensor(self.key["scale"]).to(device),
+        )
+        if self.cached:
+            gigabytes = 2e-9 * self.n * self.width * (cfg.epochs + 1)
+            say(f"{self.folder}: keeps the teacher's embeddings, {gigabytes:.2f} GB for {cfg.epochs} epochs")
+            self.filled(0)
+
+    def filled(self, positions):
+        self.key["positions"] = max(positions, self.key["positions"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "key.json", json.dumps(self.key, indent=2).encode())
+
+    def map(self, name):
+        """The (n, D_t) file of that name, mapped into memory; made if it is not there."""
+        if name not in self.maps:
+            path, new, memmap = (
+                self.folder / f"{name}.npy",
+                self.folder / f".{os.getpid()}.tmp",
+                np.lib.format.open_memmap,
+            )
+            with words(f"--teacher-cache {path}"), filelock.FileLock(self.folder / ".lock"):
+                if not path.exists():
+                    memmap(new, "w+", np.float16, (self.n, self.width)).fill(np.nan)
+                    os.replace(new, path)
+                self.maps[name] = memmap(path, "r+")
+        return self.maps[name]
+
+    @torch.no_grad()
+    def __call__(self, items, images, tokens, chunk):
+        """n (epoch, index), (n, H, W, 3) uint8, (n, context) -> image (n, D_t), text (n, D_t)."""
+        if not self.cached:
+            return self.model(images, tokens, chunk)[0]
+        places = [((self.map(f"image-{epoch}"), i), (self.map("text"), i)) for epoch, i in items]
+        read = lambda: np.array([[rows[i] for rows, i in place] for place in places])  # (n, 2, D_t)
+        stored = read()
+        if np.isnan(stored).any():
+            new = [F.normalize(x.float(), dim=-1).cpu().numpy() for x in self.model(images, tokens, chunk)[0]]
+            for k, which in np.argwhere(np.isnan(stored).any(2)):
+                rows, i = places[k][which]
+                rows[i] = new[which][k]
+            stored = read()
+        return torch.from_numpy(stored).to(self.device).float().unbind(1)
+
+
+class Run:
+    """The files of a run, and what they remember beside the weights: its log, and the pairs that did not decode."""
+
+    def __init__(self, cfg, data, path, total, student, optimizer, keep):
+        self.cfg, self.data, self.path, self.total, self.student, self.optimizer = (
+            cfg,
+            data,
+            path,
+            total,
+            student,
+            optimizer,
+        )
+        self.log_path = path.with_name("log.jsonl" if path.stem == "student" else f"{path.stem}_log.jsonl")
+        found = previous(path, cfg, data, keep)
+        everyones(set())  # all processes have looked before one of them writes
+        self.step, self.log, self.bad, self.begun = 0, [], set(), False
+        if found:
+            with words(f"{path}: cannot be gone on with"):
+                student.clip.load_state_dict(found["state_dict"])
+                student.projections.load_state_dict(found["projections"])
+                optimizer.load_state_dict(found["optimizer"])
+                self.step, self.log, self.bad = found["step"], found["log"], set(found["bad"])
+            say(f"{path}: " + (f"goes on from step {self.step}" if self.step < total else "is trained already"))
+        elif cfg.resume:
+            say(f"--resume: there is no {path}, so this run begins")
+        if found or not path.exists():
+            self.save()  # at step 0 too, so that a kill in the first epoch can be resumed
+        self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
+        self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0, dynamic_ncols=True)
+
+    def wait_for(self, loader):
+        """-> the next batch. Stops when more than 1 % of the pairs did not decode."""
+        start = time.perf_counter()
+        *batch, undecodable = next(loader)
+        self.waited += time.perf_counter() - start
+        self.bad |= undecodable
+        if len(self.bad) > len(self.data) // 100:
+            bad, first = len(self.bad), min(self.bad)
+            where = f"pair {first}, in {self.data.place(first)[0]}"
+            stop(f"{bad} of {len(self.data)} pairs do not decode, more than 1 %: the first is {where}")
+        return batch
+
+    def note(self, figures, settings, caught):
+        """After each step: logs, saves, and ends the run where it is time to. Only a log waits for the device."""
+        n, batch, step = len(self.data), self.cfg.batch, self.step
+        self.step += 1
+        self.bar.update()
+        epoch_ends = self.step == self.total or self.step * batch // n > step * batch // n
+        if epoch_ends or step % self.cfg.log_every == 0:
+            figures = {name: value.item() for name, value in figures.items()}
+            if not all(map(math.isfinite, figures.values())):
+                stop(f"not finite by step {step}: " + ", ".join(f"{name} {value:g}" for name, value in figures.items()))
+            self.bad, seconds = everyones(self.bad), time.perf_counter() - self.since
+            speed = {"img_s": (self.step - self.counted) * batch / seconds, "data_wait": self.waited / seconds}
+            self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
+            record = {
+                "step": step,
+                "epoch": step * batch / n,
+                "diag": None,
+                "off": None,
+                **figures,
+                **settings,
+                **speed,
+            }
+            self.log.append(record | {"bad": len(self.bad)})
+            self.bar.set_postfix_str(
+                "loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record)
+            )
+            if self.begun and rank() == 0:
+                with open(self.log_path, "a") as file:
+                    file.write(json.dumps(self.log[-1]) + "\n")
+        signals = everyones(caught)
+        if epoch_ends or signals:
+            self.save()
+        if signals and self.step < self.total:
+            say(f"{self.path}: --resume goes on from step {self.step}")
+            sys.exit(128 + max(signals))
+
+    def save(self):
+        """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
+        self.begun = True
+        if rank() == 0:
+            more = dict(steps=self.total, log=self.log, bad=sorted(self.bad), identity=identity(self.cfg, self.data))
+            more |= dict(optimizer=self.optimizer.state_dict(), projections=self.student.projections.state_dict())
+            epoch = self.step * self.cfg.batch / len(self.data)
+            save_checkpoint(self.path, self.student, self.cfg, self.step, epoch, **more)
+            write_atomically(self.log_path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
+
+
+def draw_curves(log, cfg, path):
+    """The two weights, with the zero crossing of beta, and the loss terms over epochs."""
+    import matplotlib.pyplot as plt  # here, so that training needs no display and starts faster
+
+    column = lambda name: [record[name] for record in log]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    top.plot(column("epoch"), column("beta") if cfg.coupled else [cfg.diag] * len(log), label="weight of diag")
+    top.plot(column("epoch"), column("beta"), label="weight of off: beta", linestyle="--" if cfg.coupled else "-")
+    top.axhline(0, color="gray", linewidth=0.8)
+    if cfg.r < 0 and cfg.beta0:
+        crossing = cfg.epochs / (1 - cfg.r)
+        top.axvline(crossing, color="gray", linestyle=":", label=f"beta = 0 at epoch {crossing:.1f}")
+    for term in ("clip", "diag", "off"):
+        if log[-1][term] is not None:
+            bottom.plot(column("epoch"), column(term), label=term)
+    top.set_ylabel("weight")
+    bottom.set(xlabel="epoch", ylabel="loss term, unweighted (nats)")
+    for axis in (top, bottom):
+        axis.legend()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+    write_atomically(path, image.getbuffer())
+
+
+# ---------------------------------------------------------------- processes
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))  # set by torchrun
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))  # likewise
 
 
 def default_workers():
     return max(1, min(8, (os.cpu_count() or 2) // world_size() - 1))
 
 
-def make_optimizer(cfg, net):
-    # Biases, norms and gains (also those shaped (C, 1, 1)) and the logit scale are not decayed.
-    matrices = [p for p in net.parameters() if p.requires_grad and p.squeeze().ndim >= 2]
-    vectors = [p for p in net.parameters() if p.requires_grad and p.squeeze().ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6)
+def everyones(values):
+    """The union of a set over the processes, which all wait for each other here."""
+    sets = [values] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(sets, values)
+    return set().union(*sets)
 
 
-def restore(path, total, towers, optimizer):
-    """Loads the checkpoint at `path`, if there is one -> the step to go on with, the indices that did not decode."""
-    if not path.exists():
-        return 0, set()
-    checkpoint = load_checkpoint(path)
-    if checkpoint["steps"] != total:
-        fail(f"--resume: {path} is of a run of {checkpoint['steps']} steps, the data now gives {total}")
-    towers.clip.load_state_dict(checkpoint["state_dict"])
-    towers.projections.load_state_dict(checkpoint["projections"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"], set(checkpoint["bad"])
+def prepare_device(cfg):
+    """The device of this process; joins the process group when torchrun started several."""
+    cuda = torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda"))
+    device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
+    if cuda and (world_size() > 1 or cfg.device == "auto"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        with words("WORLD_SIZE is set, but not what torchrun sets beside it"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: sets pass without the GPU
+    return device
 
 
-def rewind_log(log_path, start):
-    """Drops the lines of steps that will be done again, and half a line that a kill may have left."""
-    lines = log_path.read_text().splitlines(keepends=True) if start and log_path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
-    write_atomically(log_path, lambda temporary: temporary.write_text("".join(kept)))
+@contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM wait in the set that this yields, so that a step is finished and saved first."""
+    caught = set()
+    before = {s: signal.signal(s, lambda number, _: caught.add(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def make_loader(cfg, data, steps, device):
-    """This process's share of the batches of range(*steps), in order, from worker processes."""
-    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world_size())
-    workers, pin = cfg.workers if cfg.workers >= 0 else default_workers(), device.type == "cuda"
-    return DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin)
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):  # a loader process lets the training finish its step
+        signal.signal(number, signal.SIG_IGN)
 
 
-def summary(record):
-    """What the line of an epoch tells of its last step."""
-    terms = " ".join(f"{k} {record[k]:.4f}" for k in ("loss", "clip", "diag", "off") if record[k] is not None)
-    return terms + "  beta {beta:+.3f}  scale {logit_scale:.1f}  lr {lr:.1e}  {img_s:.0f} img/s".format(**record)
+# ---------------------------------------------------------------- mistakes
 
 
-def train(cfg, device, student, teacher, data, path, log_path):
-    """Trains `student` on `data`, against `teacher` or, where that is None, with the CLIP loss alone.
-
-    Goes on from the checkpoint at `path` if there is one, writes it every epoch, and appends to `log_path`.
-    """
-    n = len(data)
-    total = cfg.epochs * n // cfg.batch  # T of Eq. 7, optimizer steps
-    share = cfg.batch // world_size()
-    chunk = cfg.micro_batch or share
-    t_towers = Towers(teacher).to(device, memory_format=layout(device)).eval() if teacher else None
-    torch.manual_seed(cfg.seed)
-    towers = Towers(student, embedding_size(teacher) if cfg.feature else 0)
-    towers.to(device, memory_format=layout(device)).train()
-    clamp_scale(student.clip)
-    optimizer = make_optimizer(cfg, towers)
-    start, bad = restore(path, total, towers, optimizer)
-    if start == total:
-        say(f"{path}: trained already, all {total} steps")
-        return
-
-    def save(step):
-        projections, state = towers.projections.state_dict(), optimizer.state_dict()
-        more = {"steps": total, "bad": sorted(bad), "projections": projections, "optimizer": state}
-        save_checkpoint(path, student, step, step * cfg.batch / n, cfg, **more)
-
-    barrier()  # all processes have looked for the checkpoint
+def say(message):
     if rank() == 0:
-        if start == 0:
-            save(0)  # so that a kill in the first epoch can be resumed too
-        rewind_log(log_path, start)
-    if 2 * cfg.warmup > total:
-        say(f"note: {cfg.warmup} warm-up steps are most of the {total} steps of this run; see --warmup")
-    net = DistributedDataParallel(towers) if dist.is_initialized() else towers
-    loader = iter(make_loader(cfg, data, (start, total), device))
-    bar = tqdm(total=total, initial=start, desc=path.stem, unit="step", disable=rank() != 0, dynamic_ncols=True)
-    since, waited, steps = time.perf_counter(), 0.0, 0
-
-    for step in range(start, total):
-        waiting = time.perf_counter()
-        images, views, tokens, repeated, unreadable = next(loader)
-        waited, steps = waited + time.perf_counter() - waiting, steps + 1
-        bad.update(unreadable)
-        if len(bad) > n // 100:
-            stop(f"{len(bad)} of {n} pairs do not decode, more than 1 %: the first is {data.where(min(bad))}")
-
-        lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
-        if beta < 0 <= beta_at(step - 1, total, cfg.beta0, cfg.r):
-            say(f"step {step}: beta is negative from here on; the student repels, and the loss may fall below 0")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
-        images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
-        targets = embed(t_towers, images, tokens[1], chunk) if teacher else None
-        t_scale = teacher.clip.logit_scale.exp() if teacher else None
-        seeds = [step_seed(cfg.seed, step, rank(), k) for k in range(share // chunk)]
-        objective = partial(batch_loss, cfg, beta, targets=targets, t_scale=t_scale)
-        optimizer.zero_grad(set_to_none=True)
-        loss, parts = forward_backward(net, images, tokens[0], chunk, seeds, objective)
-        grad_norm = nn.utils.clip_grad_norm_(towers.parameters(), cfg.clip_norm)
-        optimizer.step()
-        clamp_scale(student.clip)
-        bar.update()
-
-        done = step + 1
-        epoch_ends = done == total or done * cfg.batch // n > step * cfg.batch // n
-        if step % cfg.log_every and not epoch_ends:
-            continue
-        # Only here does the host wait for the device.
-        figures = {"loss": loss, **parts, "logit_scale": student.clip.logit_scale.exp(), "grad_norm": grad_norm}
-        figures = {name: value.item() for name, value in figures.items()}
-        if not all(map(math.isfinite, figures.values())):
-            stop(f"not finite by step {step}: " + ", ".join(f"{name} {value:g}" for name, value in figures.items()))
-        bad = everyones(bad)
-        now = time.perf_counter()
-        speed = {"img_s": steps * cfg.batch / (now - since), "data_wait": waited / (now - since)}
-        since, waited, steps = now, 0.0, 0
-        record = {"step": step, "epoch": step * cfg.batch / n, "diag": None, "off": None} | figures | speed
-        record |= {"beta": beta, "lr": lr, "repeated_captions": repeated, "bad": len(bad)}
-        bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record))
-        if rank() == 0:
-            with open(log_path, "a") as log:
-                log.write(json.dumps(record) + "\n")
-        if epoch_ends and rank() == 0:
-            save(done)
-            say(f"epoch {done * cfg.batch / n:.2f}/{cfg.epochs}  step {done}/{total}  {summary(record)}")
-    bar.close()
-    if bad:
-        say(f"{len(bad)} of {n} pairs did not decode; their neighbours stood in; the first is {data.where(min(bad))}")
+        tqdm.write(message)
 
 
-def draw_curves(log_path, cfg, path):
-    """The two weights, with the zero crossing of beta, and the loss terms over epochs, from log.jsonl."""
-    import matplotlib.pyplot as plt  # here, so that training needs no display and starts faster
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every machine: it may be the only one that lacks the file
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
-    log = [json.loads(line) for line in log_path.read_text().splitlines()]
-    epochs = [record["epoch"] for record in log]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    beta = [record["beta"] for record in log]
-    top.plot(epochs, beta if cfg.coupled else [cfg.diag] * len(log), label="weight of diag")
-    top.plot(epochs, beta, label="weight of off: beta", linestyle="--" if cfg.coupled else "-")
-    top.axhline(0, color="gray", linewidth=0.8)
-    if cfg.r < 0 and cfg.beta0:
-        crossing = cfg.epochs / (1 - cfg.r)
-        top.axvline(crossing, color="gray", linestyle=":")
-        top.annotate(f" beta = 0 at epoch {crossing:.1f}", (crossing, 0), xytext=(4, 6), textcoords="offset points")
-    for term in ("clip", "diag", "off"):
-        values = [record[term] for record in log]
-        if values[-1] is not None:
-            bottom.plot(epochs, values, label=term)
-    top.set_ylabel("weight")
-    bottom.set(xlabel="epoch", ylabel="loss term, unweighted (nats)")
-    top.legend()
-    bottom.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
-    plt.close(figure)
+
+def stop(message):
+    """Something went wrong in the middle of a run: one line on stderr, exit code 1."""
+    sys.exit(f"\n{Path(sys.argv[0]).name}: stopped: {message}")
+
+
+MAIN_ERRORS = (OSError, MemoryError)  # what may happen to any script at any time
+
+
+@contextmanager
+def words(what="", errors=Exception):
+    """Words every mistake: an error in here becomes 'what: what the library said', one line, exit code 2.
+
+    For calls of libraries with what a user gave, and with MAIN_ERRORS as a decorator of every main: so a fault of this
+    project keeps its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except errors as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            text = f"needs {error.name}: pip install {error.name}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's text goes on to advise what would run foreign code
+            text = "holds what cannot be loaded safely"
+        fail(f"{what}: {text[:300]}".removeprefix(": "))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_atomically(path, content):
+    """Writes bytes to a temporary file and renames it: a kill leaves the old file or the new, never half of one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path, what):
+    """A .pt or .safetensors file -> what it holds, on the CPU. No code in it runs, and a flipped bit is found."""
+    with words(f"{what}: no weights or checkpoint"):
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch compares no checksum
+        if damaged:
+            fail(f"{what}: its record {damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+FORMAT = "dark-2"
+
+
+def save_checkpoint(path, model, cfg, step=0, epoch=0.0, **more):
+    """Self-describing: `model_from_checkpoint` needs nothing else (for local-dir: and hf-hub: models, their source).
+    `state_dict` is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
+    content = dict(format=FORMAT, architecture=model.name, context_length=model.context_length, step=step, epoch=epoch)
+    content |= dict(preprocess={key: getattr(model, key) for key in PREPROCESS}, config=dataclasses.asdict(cfg))
+    content |= dict(state_dict=model.clip.state_dict(), **more)
+    buffer = io.BytesIO()  # for on a full disk torch.save itself does not say what is wrong
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint of this project on the CPU; fails when it is missing, damaged or something else."""
+    if not Path(path).is_file():
+        fail(f"{path}: there is no such checkpoint; python dark.py writes out/student.pt")
+    content = read_file(path, path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        fail(f"{path}: no checkpoint of dark.py (format {FORMAT}); plain weights go with --model NAME --weights FILE")
+    missing = {"architecture", "context_length", "preprocess", "config", "state_dict", "step", "epoch"} - set(content)
+    if missing:
+        fail(f"{path}: a checkpoint without {', '.join(sorted(missing))}")
+    return content
+
+
+def model_from_checkpoint(content):
+    """The model that `save_checkpoint` was given, in eval mode."""
+    model = open_model(content["architecture"], context_length=content["context_length"])
+    with words(f"the checkpoint does not fit {model.name}"):
+        model.clip.load_state_dict(content["state_dict"])
+        for key in PREPROCESS:
+            setattr(model, key, content["preprocess"][key])
+    return model.eval()
+
+
+# How a run is carried out, not what it computes: these may change between a run and its --resume.
+RUN_FIELDS = ("ablation", "teacher_cache", "out", "workers", "device", "log_every", "resume", "overwrite")
+
+
+def identity(cfg, data):
+    """What must be the same for a run to go on: its settings, its data, and the processes, which batch norm sees."""
+    settings = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(cfg).items() if k not in RUN_FIELDS}
+    return settings | {"content of --data": data.fingerprint, "number of processes": world_size()}
+
+
+def previous(path, cfg, data, keep=False):
+    """The checkpoint at `path` that a run of `cfg` goes on with, or None where it begins and may replace what is there.
+
+    keep: a finished run of the same identity is kept without being asked for, and even by --overwrite.
+    """
+    if not path.exists() or (cfg.overwrite and not (keep and zipfile.is_zipfile(path))):
+        return None
+    found, now = load_checkpoint(path), identity(cfg, data)
+    before, finished = found.get("identity", {}), found["step"] == found.get("steps")
+    changed = [name for name in now if now[name] != before.get(name)]
+    if keep and finished and not changed:
+        return found
+    if cfg.overwrite:
+        return None
+    if not cfg.resume:
+        state = "a finished run" if finished else f"a run at step {found['step']} of {found.get('steps')}"
+        fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite replaces it")
+    for name in changed:
+        fail(f"--resume: {name} was {before.get(name)!r} in {path}, is now {now[name]!r}")
+    return found
+
+
+def lock(out):
+    """Holds the folder for this process until that ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    holder, held = out / ".lock", filelock.FileLock(out / ".lock")
+    owner = holder.read_text() if holder.exists() else ""
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        fail(f"--out {out}: is in use by process {owner or 'another'}")
+    holder.write_text(str(os.getpid()))
+    for leftover in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    return held
 
 
 # ---------------------------------------------------------------- command line
@@ -1146,30 +1130,42 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
-def parse_args(argv=None):
-    """The command line is the dataclass. Precedence: a flag given, then --ablation, the demonstration, the default."""
-    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for field in dataclasses.fields(Config):
-        kind = {"type": field.type}
+def given(options, argv, description):
+    """The fields of the dataclass `options` that the command line gives -> a dict. The parser is made from its lines:
+    names, types and defaults from the fields, the help from their comments."""
+    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
+    parser = Parser(description=description.splitlines()[0], allow_abbrev=False)
+    for field in dataclasses.fields(options):
+        name, more = "--" + field.name.replace("_", "-"), {"type": field.type}
         if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+            more = {"action": argparse.BooleanOptionalAction}
         elif field.type == tuple[str, ...]:
-            kind = {"nargs": "+"}
+            more = {"nargs": "+"}
+        elif typing.get_args(field.type):
+            more = {"choices": typing.get_args(field.type)}  # of a Literal
+        if "positional" in field.metadata:
+            name, more = field.name, {"nargs": field.metadata["positional"]}
         help_text = f"{help_of[field.name]} [{field.default}]".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help_text, **kind)
-    given = vars(parser.parse_args(argv))
-    if "data" in given:
-        given["data"] = tuple(given["data"])
-    ablation = given.get("ablation", "")
+        parser.add_argument(name, default=argparse.SUPPRESS, help=help_text, **more)
+    values = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def parse_args(argv=None):
+    """-> the configuration, and whether it is a real run. Precedence: flag, --ablation, demonstration, default."""
+    flags = given(Config, argv, __doc__)
+    ablation = flags.get("ablation", "")
     if ablation and ablation not in ABLATIONS:
         fail(f"--ablation {ablation}: valid are {', '.join(ABLATIONS)}")
-    asked = Config(**{**ABLATIONS.get(ablation, {}), **given})
+    flags = {**ABLATIONS.get(ablation, {}), **flags}
+    cfg = Config(**flags)
     # Real data with a teacher, or with no need of one, is the paper's run; else everything starts at random.
-    ready = asked.teacher_weights or ":" in asked.teacher or (asked.student_weights and not needs_teacher(asked))
-    real = ready and set(asked.data) != {"phantom"}
-    cfg = asked if real else Config(**{**DEMONSTRATION, **ABLATIONS.get(ablation, {}), **given})
+    ready = cfg.teacher_weights or ":" in cfg.teacher or (cfg.student_weights and not needs_teacher(cfg))
+    real = bool(ready) and set(cfg.data) != {"phantom"}
+    cfg = cfg if real else Config(**{**DEMONSTRATION, **flags})
     check(cfg)
+    if cfg.r_is_end:
+        cfg.r /= cfg.beta0
     return cfg, real
 
 
@@ -1179,158 +1175,89 @@ def needs_teacher(cfg):
 
 def check(cfg):
     """Fails on a setting that no run can use, naming the flag and what would be valid."""
-    positive = ("tau", "phantom_pairs", "epochs", "lr", "clip_norm", "log_every")
-    natural = (
-        "teacher_epochs",
-        "micro_batch",
-        "warmup",
-        "weight_decay",
-        "context_length",
-        "spacing_size",
-        "seed",
-        "feature",
-    )
-    for field in dataclasses.fields(cfg):
-        value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if field.type is float and not math.isfinite(value):
-            fail(f"{flag} {value}: must be a finite number")
-        if field.name in positive and value <= 0:
-            fail(f"{flag} {value}: must be more than 0")
-        if field.name in natural and value < 0:
-            fail(f"{flag} {value}: must be 0 or more")
-    if not 0 <= cfg.smooth < 1:
-        fail(f"--smooth {cfg.smooth}: must be at least 0 and less than 1")
-    if cfg.seed >= 2**32:
-        fail(f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond")
-    if cfg.batch < 2:
-        fail(f"--batch {cfg.batch}: must be at least 2, a single pair has nothing to contrast with")
-    if cfg.workers < -1:
-        fail(f"--workers {cfg.workers}: must be -1 (chosen by cores) or more")
-    if cfg.resume and cfg.overwrite:
-        fail("--resume with --overwrite: give one of them")
-    if cfg.batch % world_size():
-        fail(f"--batch {cfg.batch}: not divisible by the {world_size()} processes")
-    share = cfg.batch // world_size()
-    if cfg.micro_batch and share % cfg.micro_batch:
-        fail(f"--micro-batch {cfg.micro_batch}: does not divide the {share} pairs of a process")
-    try:
-        torch.empty(0, device="cpu" if cfg.device == "auto" else cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {cfg.device}: not usable here ({one_line(error)}); valid are auto, cpu, cuda, cuda:N, mps")
-    if cfg.device == "meta":
-        fail("--device meta: holds no data; valid are auto, cpu, cuda, cuda:N, mps")
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        fail(f"--out {cfg.out}: is a file; give a folder")
-
-
-# How a run is carried out, not what it computes: these may change between a run and its --resume.
-RUN_FIELDS = ("ablation", "out", "workers", "device", "log_every", "resume", "overwrite")
-
-
-def claim(path, cfg, reuse=False):
-    """What to do with a checkpoint at `path` -> True: discard it (--overwrite); False: go on with it (--resume).
-
-    reuse: a finished run of the same configuration may stay without being asked for. Anything else is an error.
-    """
-    if not path.exists():
-        return False
-    if cfg.overwrite and not (reuse and zipfile.is_zipfile(path)):  # torch.save writes a zip; cut short, it is none
-        return True
-    checkpoint = load_checkpoint(path)
-    before, now = checkpoint["config"], dataclasses.asdict(cfg)
-    changed = [k for k in now if k not in RUN_FIELDS and now[k] != before.get(k)]
-    finished = checkpoint["step"] == checkpoint["steps"]
-    if (reuse and finished and not changed) or cfg.overwrite:
-        return bool(changed) or not finished
-    if not cfg.resume:
-        state = "a finished run" if finished else f"a run at step {checkpoint['step']} of {checkpoint['steps']}"
-        fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite discards it")
-    if changed:
-        k = changed[0]
-        fail(f"--resume: --{k.replace('_', '-')} was {before.get(k)!r} in {path}, is now {now[k]!r}")
-    return False
+    least = dict(batch=2, epochs=1, phantom_pairs=2, log_every=1, workers=-1, seed=0, micro_batch=0)
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        if name in least and value < least[name]:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least {least[name]}")
+    for right, message in (
+        (cfg.tau > 0, f"--tau {cfg.tau}: must be more than 0"),
+        (0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
+        (cfg.beta0 or not cfg.r_is_end, "--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is"),
+        (cfg.seed < 2**32, f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond"),
+        (not (cfg.resume and cfg.overwrite), "--resume with --overwrite: give one of them"),
+        (cfg.batch % world_size() == 0, f"--batch {cfg.batch}: not divisible by the {world_size()} processes"),
+        (Path(cfg.out).is_dir() or not Path(cfg.out).exists(), f"--out {cfg.out}: is a file; give a folder"),
+    ):
+        if not right:
+            fail(message)
+    with words(f"--device {cfg.device} (valid are auto, cpu, cuda, cuda:N, mps)"):
+        torch.zeros(1, device="cpu" if cfg.device == "auto" else cfg.device).item()
 
 
 def teacher_config(cfg):
     """The configuration of the run that trains the teacher: the same loop, with the teacher as a student of none."""
-    return dataclasses.replace(
-        cfg, student=cfg.teacher, student_weights="", student_mean=cfg.teacher_mean, student_std=cfg.teacher_std,
-        teacher="", teacher_weights="", teacher_mean="", teacher_std="", epochs=cfg.teacher_epochs or cfg.epochs,
-        teacher_epochs=0, coupled=True, beta0=0.0, r=1.0, diag=1.0, tau=5.0, smooth=0.0, feature=0.0,
-    )  # fmt: skip
+    neutral = dict(coupled=True, beta0=0.0, r=1.0, r_is_end=False, diag=1.0, tau=5.0, smooth=0.0, feature=0.0)
+    models = dict(student=cfg.teacher, student_weights="", teacher="", teacher_weights="", teacher_epochs=0)
+    return dataclasses.replace(cfg, epochs=cfg.teacher_epochs or cfg.epochs, **models, **neutral)
 
 
-def introduce(cfg, real, trains_teacher, models):
+def introduce(cfg, real, student):
+    """The first lines of a run: what it is, and its schedule in numbers."""
     if not real:
-        what = "a synthetic demonstration" if set(cfg.data) == {"phantom"} else "a demonstration on your images"
-        say(f"This is {what}: small models, trained from scratch. The paper's run takes three flags:")
+        say("A demonstration: small models, trained from scratch. The paper's run takes three flags:")
         say(
-            "    --data 'shards/{000000..000024}.tar' --teacher-weights PATH --student-weights PATH  (FetalCLIP: and --context-length 117)"
+            "    --data 'shards/*.tar' --teacher-weights PATH --student-weights PATH  (FetalCLIP: --context-length 117)"
         )
-    for role, model in models.items():
-        tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.clip.visual, model.clip))
-        say(
-            f"{role}: {model.name}, image tower {tower:.2f} M parameters, {whole:.2f} M in all; {model.size} px, "
-            f"mean {model.mean}, std {model.std}, {model.interpolation}; {model.context_length} tokens"
+    line = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}"
+    if cfg.r < 0 and cfg.beta0:
+        line += f", crossing zero at epoch {cfg.epochs / (1 - cfg.r):.1f} of {cfg.epochs}"
+        line += (
+            " (r is the final weight)"
+            if cfg.r_is_end
+            else f" (Eq. 7; the authors' own run ends at {cfg.r:g}: --r-is-end)"
         )
-    if trains_teacher:
-        say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
+    say(line)
+    tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.clip.visual, student.clip))
+    say(f"student: {student.name}, {whole:.2f} M parameters, {tower:.2f} M of them for {student.size} px images")
 
 
-def prepare_device(cfg):
-    """The device of this process; joins the process group when torchrun started several."""
-    cuda = torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda"))
-    distributed = world_size() > 1
-    device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
-    if cuda and (distributed or cfg.device == "auto"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if distributed:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return device
-
-
+@words(errors=MAIN_ERRORS)
 def main(argv=None):
     cfg, real = parse_args(argv)
-    device, out = prepare_device(cfg), Path(cfg.out)
-    torch.manual_seed(cfg.seed)
-    student = open_model(
-        cfg.student, cfg.student_weights, cfg.context_length, cfg.student_mean, cfg.student_std, "--student-weights"
-    )
-    cfg.spacing_size = cfg.spacing_size or student.size
-    teacher = None
-    if needs_teacher(cfg):
-        torch.manual_seed(cfg.seed)
-        teacher = open_model(
-            cfg.teacher, cfg.teacher_weights, cfg.context_length, cfg.teacher_mean, cfg.teacher_std, "--teacher-weights"
-        )
-    data = Pairs(cfg, [student, teacher] if teacher else [student])
+    device, out, data, teacher = prepare_device(cfg), Path(cfg.out), Pairs(cfg), None
     if cfg.batch > len(data):
         fail(f"--batch {cfg.batch}: more than the {len(data)} pairs of --data; at most {len(data)}")
-    t_cfg, t_path, t_log = teacher_config(cfg), out / "teacher.pt", out / "teacher_log.jsonl"
-    trains_teacher = bool(teacher) and not cfg.teacher_weights and ":" not in cfg.teacher
-    if rank() == 0:
-        discard = {out / "student.pt": claim(out / "student.pt", cfg)}
-        discard[t_path] = trains_teacher and claim(t_path, t_cfg, reuse=True)
-        for path in (path for path, unwanted in discard.items() if unwanted):
-            path.unlink()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--out {cfg.out}: cannot be made ({one_line(error)})")
-    barrier()
-    introduce(cfg, real, trains_teacher, {"student": student, **({"teacher": teacher} if teacher else {})})
-
+    torch.manual_seed(cfg.seed)
+    student = open_model(cfg.student, cfg.student_weights, cfg.context_length, "--student-weights")
+    trains_teacher = needs_teacher(cfg) and not cfg.teacher_weights and ":" not in cfg.teacher
     if trains_teacher:
-        train(t_cfg, device, teacher, None, Pairs(t_cfg, [teacher], data.sources), t_path, t_log)
-        barrier()  # batch norm's statistics are each process's own; what was saved is the teacher of all
-        teacher.clip.load_state_dict(load_checkpoint(t_path)["state_dict"])
-    if teacher:
-        teacher.clip.requires_grad_(False).eval()
-    train(cfg, device, student, teacher, data, out / "student.pt", out / "log.jsonl")
+        torch.manual_seed(cfg.seed)
+        model = open_model(cfg.teacher, "", cfg.context_length, "--teacher-weights")
+    elif needs_teacher(cfg):
+        teacher = Teacher(cfg, cfg.teacher_weights, student, data, device)
+    previous(out / "student.pt", cfg, data)  # fails before a teacher is trained for nothing
+    held = lock(out) if rank() == 0 else None
+    introduce(cfg, real, student)
+    with signals_held() as caught:
+        if trains_teacher:
+            say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
+            train(
+                teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught, keep=True
+            )
+            everyones(set())  # the file is whole before another process reads it
+            teacher = Teacher(cfg, str(out / "teacher.pt"), student, data, device)
+        models = [student] + [teacher.model] * bool(teacher and teacher.model)
+        data = data.for_models(*models)
+        data.view = teacher.view if teacher else data.view
+        log = train(cfg, device, student, teacher, data, out / "student.pt", caught)
     if rank() == 0:
-        draw_curves(out / "log.jsonl", cfg, out / "curves.png")
+        if teacher and teacher.cached:
+            teacher.filled(cfg.epochs * len(data) // cfg.batch * cfg.batch)
+        draw_curves(log, cfg, out / "curves.png")
         say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
+        held.release()
     if dist.is_initialized():
         dist.destroy_process_group()
 
