@@ -40,6 +40,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import numpy as np
@@ -125,7 +126,7 @@ ABLATIONS = {
 # the paper's teacher has a logit scale of 100, softened 100 / 5 = 20; one trained for minutes has 14, and 14 / 5 would
 # be a nearly uniform target, whose repulsion drives all pairs apart alike. 14 / 0.7 = 20 keeps the paper's regime.
 DEMONSTRATION = dict(
-    teacher="demo-vit", student="demo-fastvit", tau=0.7, epochs=6, teacher_epochs=4, batch=32, lr=1e-3, warmup=50
+    teacher="demo-teacher", student="demo-fastvit", tau=0.7, epochs=6, teacher_epochs=4, batch=32, lr=1e-3, warmup=50
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -149,25 +150,21 @@ def lr_at(step: int, total: int, peak: float, warmup: int) -> float:
 def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, clip=1.0, tau=5.0, smooth=0.0):
     """CLIP loss plus selective repulsive distillation over one batch of N matched pairs (arXiv 2603.05421).
 
-    image, text      (N, D) student embeddings, normalised here
-    scale            0-d, the student's logit scale. The caller must bound it (at most 100, after every optimizer
-                     step): a negative `beta` rewards larger logits without end, and the bound is all that stops it
-    t_image, t_text  (N, D_t) teacher embeddings, normalised here; no gradient reaches them
-    t_scale          0-d, the teacher's logit scale
-    beta, diag, clip weights of the off-diagonal, of the diagonal and of the CLIP term; beta = diag is Eq. 4
-    tau              temperature of the teacher alone: only its targets are to be softened, the student's logits
-                     are those it is used with; hence no tau**2 either
-    smooth           epsilon: the target becomes (1 - epsilon) p + epsilon / N
+    image, text       (N, D) student embeddings; t_image, t_text (N, D_t) the teacher's, which get no gradient; all are
+                      normalised here. With several processes pass gathered ones (see `gather`)
+    scale, t_scale    0-d logit scales. The caller must bound `scale` (at most 100, after every optimizer step): a
+                      negative `beta` rewards larger logits without end, and the bound is all that stops it
+    beta, diag, clip  weights of the off-diagonal, of the diagonal and of the CLIP term; beta = diag is Eq. 4
+    tau               temperature of the teacher alone: its targets are to be softened, while the student's logits stay
+                      those it is used with; hence no tau**2 either
+    smooth            epsilon: the target becomes (1 - epsilon) p + epsilon / N
 
-    Returns the loss, clip * parts["clip"] + diag * parts["diag"] + beta * parts["off"], and `parts`, unweighted and
-    detached. With several processes pass gathered embeddings (see `gather`). All of it is fp32 under any autocast,
-    for bf16 steps by 0.5 at logits of 100; float64 stays float64.
+    Returns the loss, clip * parts["clip"] + diag * parts["diag"] + beta * parts["off"], and the detached `parts`. All
+    in fp32 under any autocast, for bf16 steps by 0.5 at logits of 100; float64 stays float64.
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text, t_image, t_text = (
-            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-            for x in (image, text, t_image, t_text)
-        )
+        unit = lambda x: F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
 
         # Eq. 2: the teacher's targets p, softmaxed over the texts (rows) and over the images (columns).
         with torch.no_grad():
@@ -234,6 +231,9 @@ class Model(nn.Module):
         self.size, self.mean, self.std, self.interpolation = (preprocess[key] for key in PREPROCESS)
         self.projections = nn.ModuleList()
 
+    def preprocess(self):
+        return {key: getattr(self, key) for key in PREPROCESS}
+
     def pixels(self, images):
         """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
         x = images.permute(0, 3, 1, 2).float() / 255  # channels last in memory, which is fast on a GPU
@@ -281,18 +281,24 @@ def freeze_unused(model):
 
 
 @timm.models.register_model
-def fastvit_demo(num_classes, global_pool="avg", **_):
+def fastvit_demo(num_classes, embed_dims=(24, 48, 96, 192), **_):
     """The demonstration's image tower: FastViT's own blocks, few and thin, with layer scales that suit ten epochs."""
-    shape = dict(layers=(1, 1, 2, 1), embed_dims=(24, 48, 96, 192), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
-    return timm.models.FastVit(**shape, num_classes=num_classes, global_pool=global_pool)
+    shape = dict(layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
+    return timm.models.FastVit(embed_dims=embed_dims, num_classes=num_classes, **shape)
 
 
-DEMO_TEXT = dict(context_length=40, width=64, heads=2, layers=2)
-DEMO_VIT = dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8)
-DEMO_FASTVIT = dict(timm_model_name="fastvit_demo", timm_pool="avg", timm_proj=None, image_size=64)
+@timm.models.register_model
+def fastvit_demo_wide(num_classes, **_):
+    return fastvit_demo(num_classes, (40, 80, 160, 320))
+
+
+TEXT = dict(context_length=40, width=64, heads=2, layers=2)
+VIT = dict(image_size=64, layers=4, width=128, head_width=32, patch_size=8)
+FASTVIT = dict(timm_model_name="fastvit_demo", timm_pool="avg", timm_proj=None, image_size=64)
 DEMO_MODELS = {
-    "demo-vit": dict(embed_dim=128, vision_cfg=DEMO_VIT, text_cfg=DEMO_TEXT),
-    "demo-fastvit": dict(embed_dim=64, vision_cfg=DEMO_FASTVIT, text_cfg=DEMO_TEXT),
+    "demo-vit": dict(embed_dim=128, vision_cfg=VIT, text_cfg=TEXT),
+    "demo-fastvit": dict(embed_dim=64, vision_cfg=FASTVIT, text_cfg=TEXT),
+    "demo-teacher": dict(embed_dim=128, vision_cfg={**FASTVIT, "timm_model_name": "fastvit_demo_wide"}, text_cfg=TEXT),
 }
 
 
@@ -311,7 +317,7 @@ def open_model(name, weights="", context_length=0, flag="--weights"):
         fail(f"{flag} {weights}: neither a file nor a tag of {name} (tags: {', '.join(tags) or 'none'})")
     with words(f"{name} {tag} cannot be opened ({flag} PATH takes a local file)"):
         if name in DEMO_MODELS:
-            text = {**DEMO_TEXT, "context_length": context_length or DEMO_TEXT["context_length"]}
+            text = {**TEXT, "context_length": context_length or TEXT["context_length"]}
             clip = open_clip.CLIP(**{**DEMO_MODELS[name], "text_cfg": text})
             tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
             preprocess = dict(size=clip.visual.image_size, mean=(0.2,) * 3, std=(0.2,) * 3, interpolation="bilinear")
@@ -319,7 +325,8 @@ def open_model(name, weights="", context_length=0, flag="--weights"):
             tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
             required = bool(tag) or (schema and not weights)  # else a failed download would be random weights
             more = dict(force_context_length=context_length or None, require_pretrained=required)
-            clip = open_clip.create_model(name, pretrained=tag or None, **more)
+            with mock.patch("logging.warning"):  # of random weights, which may well be wanted
+                clip = open_clip.create_model(name, pretrained=tag or None, **more)
             listed = open_clip.get_pretrained_cfg(name, tags[0]) if tags and not tag else {}
             preprocess = {**clip.visual.preprocess_cfg, **listed}
         preprocess["size"] = np.ravel(preprocess["size"]).tolist()[0]
@@ -514,8 +521,8 @@ def find_in_tar(path):
 
 def find_in_table(path):
     """A CSV (.tsv: by tabs) with `image`, relative to the file, and `caption`; open_clip's `filepath` and `title`."""
-    missing, n = [], 0
-    for n, row in enumerate(read_table(path, delimiter="\t" if path.endswith(".tsv") else ","), 1):
+    missing = []
+    for row in read_table(path, delimiter="\t" if path.endswith(".tsv") else ","):
         image, caption = row.get("image", row.get("filepath")), row.get("caption", row.get("title"))
         if image is None or caption is None:
             fail(f"--data {path}: has no column {'caption' if image else 'image'!r}; its columns are {[*row]}")
@@ -523,7 +530,7 @@ def find_in_table(path):
         missing += [image] * (not image.is_file())
         yield image, 0, -1, caption.strip()
     if missing:
-        fail(f"--data {path}: {len(missing)} of {n} images are not there, the first is {missing[0]}")
+        fail(f"--data {path}: {len(missing)} images are not there, the first is {missing[0]}")
 
 
 def read_table(path, columns=(), delimiter=","):
@@ -584,7 +591,7 @@ SPINE = [(-0.75, 0, 0.06, 0.06, 230, 0), (-0.66, 0.1, 0.06, 0.06, 230, 0), (-0.6
 BRAIN = [(0, 0, 0.95, 0.01, 160, 0), (0.5, 0, 0.13, 0.07, 0, 180)]  # midline, cavum septi pellucidi
 CHAMBERS = [(x, y, 0.17, 0.13, 0, 0) for x, y in ((0.3, 0.28), (0.3, -0.06), (-0.1, 0.26), (-0.1, -0.04))]
 ANATOMY = {
-    "trans-thalamic": [*BRAIN, (-0.05, 0.14, 0.24, 0.12, 0, 0), (-0.05, -0.14, 0.24, 0.12, 0, 0)],
+    "trans-thalamic": [*BRAIN, (-0.05, 0.17, 0.3, 0.15, 0, 0), (-0.05, -0.17, 0.3, 0.15, 0, 0)],
     "trans-cerebellum": [*BRAIN, (-0.55, 0.24, 0.22, 0.24, 100, 230), (-0.55, -0.24, 0.22, 0.24, 100, 230)],
     "trans-ventricular": [*BRAIN, (-0.3, 0.38, 0.5, 0.16, 0, 210), (-0.35, 0.38, 0.28, 0.09, 230, 0)],
     "abdomen": [(0, 0, 0.9, 0.85, 75, 150), (-0.1, 0.42, 0.24, 0.17, 0, 0), (0.4, -0.08, 0.35, 0.05, 0, 0), *SPINE],
@@ -599,8 +606,10 @@ def phantom(seed, index, width=160, height=120):
     rng = np.random.default_rng([seed, index])
     view, days = str(rng.choice(list(ANATOMY))), int(rng.choice(GA_DAYS))
     hc_mm = float(who_hc(days)) * rng.normal(1, 0.02)
-    ratio, radius = rng.uniform(0.72, 0.84), rng.uniform(0.2, 0.4) * width  # of the head's half-axes; pixels
-    pixel_mm = hc_mm / (2 * math.pi * radius * math.sqrt((1 + ratio**2) / 2))  # so size alone does not tell the age
+    # As a sonographer does, one of two depths, so that the head fills the sector: size alone does not tell the age.
+    pixel_mm = (0.55 if hc_mm * rng.uniform(0.95, 1.05) <= 185 else 0.98) * rng.uniform(0.98, 1.02)
+    ratio = rng.uniform(0.72, 0.84)  # of the head's half-axes
+    radius = hc_mm / (2 * math.pi * pixel_mm * math.sqrt((1 + ratio**2) / 2))  # pixels, half of the head's length
     tilt, mirror = rng.uniform(-math.pi / 4, math.pi / 4), rng.choice([-1, 1])
     center = np.array([width, height]) / 2 + rng.uniform(-0.08, 0.08, 2) * width
     turn = radius * np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
@@ -618,7 +627,7 @@ def phantom(seed, index, width=160, height=120):
         oval(0, 0, 1, ratio, 60, rng.uniform(170, 255), 3)  # skull
     for _ in range(rng.integers(0, 4)):  # clutter
         oval(*rng.uniform(-0.6, 0.6, 2), *rng.uniform(0.04, 0.15, 2), rng.uniform(10, 130))
-    contrast = rng.uniform(0.65, 1)  # to the tissue around; where it is low, planes of the brain can be confused
+    contrast = rng.uniform(0.75, 1)  # to the tissue around; where it is low, planes of the brain can be confused
     for *shape, fill, wall in ANATOMY[view]:
         oval(*shape, 60 + contrast * (fill - 60), wall and 60 + contrast * (wall - 60))
 
@@ -631,21 +640,25 @@ def phantom(seed, index, width=160, height=120):
     ImageDraw.Draw(sector).pieslice(box, 90 - spread, 90 + spread, fill=1)
     echo = np.asarray(tissue.filter(ImageFilter.GaussianBlur(1))) * speckle * gain * np.asarray(sector)
     image = Image.fromarray(np.clip(echo, 0, 255).astype(np.uint8))
+    bar = [(width / 2 + side * 25 / pixel_mm, height - 4) for side in (-1, 1)]
+    ImageDraw.Draw(image).line(bar, fill=255, width=3)  # the machine's scale, 50 mm
     return image, {"view": view, "days": days, "pixel_mm": pixel_mm, "hc_mm": hc_mm}
 
 
 def phantom_pair(seed, index):
     image, label = phantom(seed, index)
-    view = VIEWS[label["view"]]
-    if index // 9 % 4 == 0:  # not every caption tells the plane of the brain
+    view, kind = VIEWS[label["view"]], index // 9 % 5
+    if kind < 2:  # not every caption tells the plane of the brain, so that the age has to be learnt,
         view = view.partition(",")[0]
+    if kind in (1, 2):  # nor every one the age, so that the plane has to be
+        return image, caption(index, view)
     return image, caption(index, view, label["days"], label["pixel_mm"] * max(image.size) / 64)  # of the 64 px input
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(cfg, device, student, teacher, data, path, caught, keep=False):
+def train(cfg, device, student, teacher, data, path, caught):
     """Trains `student` on `data` against `teacher` or, where that is None, with the CLIP loss alone -> its log.
 
     Goes on from the checkpoint at `path` where `previous` allows it; writes it after every epoch and when a signal
@@ -660,11 +673,12 @@ def train(cfg, device, student, teacher, data, path, caught, keep=False):
     student.to(device).train()
     clamp_scale(student.clip)
     optimizer = make_optimizer(cfg, student)
-    run = Run(cfg, data, path, total, student, optimizer, keep)
+    run = Run(cfg, data, path, total, student, optimizer)
     net = DistributedDataParallel(student) if dist.is_initialized() else student
     loader = make_loader(cfg, data, (run.step, total), device)
 
     for step in range(run.step, total):
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank()]).generate_state(1)[0]))  # of any dropout
         images, views, tokens, items, repeated = run.wait_for(loader)
         images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
         images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
@@ -677,8 +691,9 @@ def train(cfg, device, student, teacher, data, path, caught, keep=False):
             t_image, t_text, t_scale, weights = image.detach(), text.detach(), scale.detach(), dict(beta=0, diag=0)
         image, text, t_image, t_text, *projected = map(gather, (image, text, t_image, t_text, *projected))
         loss, parts = dark_loss(image, text, scale, t_image, t_text, t_scale, **weights)
-        if projected:
-            parts["feature"] = sum(map(feature_loss, projected, (t_image, t_text)))
+        if projected:  # feature KD: mean squared error between embeddings of unit norm, (N, D_t)
+            pairs = [(F.normalize(x.float(), dim=-1) for x in pair) for pair in zip(projected, (t_image, t_text))]
+            parts["feature"] = sum(F.mse_loss(*pair) for pair in pairs)
             loss = loss + cfg.feature * parts["feature"]
 
         for group in optimizer.param_groups:
@@ -689,16 +704,10 @@ def train(cfg, device, student, teacher, data, path, caught, keep=False):
         optimizer.step()
         clamp_scale(student.clip)
 
-        if not teacher:
-            parts = {"clip": parts["clip"]}
-        figures = {"loss": loss, **parts, "logit_scale": student.clip.logit_scale.exp(), "grad_norm": grad_norm}
-        run.note(figures, dict(beta=beta, lr=lr, repeated_captions=repeated), caught)
+        parts = parts if teacher else {"clip": parts["clip"]}
+        figures = dict(loss=loss, **parts, beta=beta, lr=lr, grad_norm=grad_norm, repeated_captions=repeated)
+        run.note({**figures, "logit_scale": student.clip.logit_scale.exp()}, caught)
     return run.log
-
-
-def feature_loss(projected, t):
-    """Mean squared error of a projected student embedding to the teacher's, (N, D_t) both, both brought to unit norm."""
-    return F.mse_loss(F.normalize(projected.float(), dim=-1), F.normalize(t.float(), dim=-1))
 
 
 def make_optimizer(cfg, model):
@@ -721,52 +730,38 @@ class Teacher:
 
     The view of a pair is a function of (seed, epoch, index), and so are a frozen teacher's embeddings: `image-E.npy`
     holds those of epoch E, `text.npy` the captions', (n, D_t) in fp16, NaN where not yet computed. What is used is
-    always what is stored, so cold and warm runs end with the same bits. `key.json` says what they belong to, and how
-    many positions of `batches` finished runs have filled: a run that goes no further does not load the model.
+    always what is stored, so cold and warm runs end with the same bits. Where nothing is missing, no model is loaded.
     """
 
     def __init__(self, cfg, weights, student, data, device):
-        self.cached, self.folder, self.n, self.device = (
-            bool(cfg.teacher_cache),
-            Path(cfg.teacher_cache),
-            len(data),
-            device,
-        )
-        self.model, self.maps, self.key, content = None, {}, {"positions": 0}, weights
-        if self.cached:
+        self.folder, self.maps, self.n, self.device = cfg.teacher_cache, {}, len(data), device
+        self.model, key, known = None, {}, {}
+        if self.folder:
+            key = dict(teacher=cfg.teacher, weights=hash_of(weights), context_length=cfg.context_length, seed=cfg.seed)
+            key |= dict(data=data.fingerprint, student=[student.size, student.interpolation])
+            self.folder, path = Path(self.folder), Path(self.folder, "key.json")
             with words(f"--teacher-cache {self.folder}"):
-                if Path(weights).is_file():
-                    content = hashlib.sha256(np.memmap(weights)).hexdigest()
-                if (self.folder / "key.json").exists():
-                    self.key |= json.loads((self.folder / "key.json").read_text())
-        key = dict(teacher=cfg.teacher, weights=content, context_length=cfg.context_length, data=data.fingerprint)
-        key |= dict(seed=cfg.seed, student=[student.size, student.interpolation])
-        if self.key["positions"] < cfg.epochs * self.n // cfg.batch * cfg.batch:
+                known = json.loads(path.read_text()) if path.exists() else {}
+        self.width, steps = known.get("width"), (0, cfg.epochs * self.n // cfg.batch)
+        self.same(known, key)
+        if not known or any(np.isnan(self.read(i)).any() for i in batches(self.n, cfg.batch, steps, cfg.seed)):
             self.model = open_model(cfg.teacher, weights, cfg.context_length, "--teacher-weights")
             self.model.requires_grad_(False).eval().to(device)
-            width = self.model.clip.encode_text(self.model.tokenizer([""]).to(device)).shape[1]
-            key |= dict(
-                view=data.for_models(student, self.model).view,
-                preprocess=str([getattr(self.model, name) for name in PREPROCESS]),
-            )
-            key |= dict(width=width, scale=self.model.clip.logit_scale.exp().item())
-        for name, value in key.items():
-            if self.key.setdefault(name, value) != value:
-                fail(f"--teacher-cache {self.folder}: made with {name} {self.key[name]!r}, this run has {value!r}")
-        self.width, self.view, self.scale = (
-            self.key["width"],
-            self.key["view"],
-            torch.tensor(self.key["scale"]).to(device),
-        )
-        if self.cached:
+            self.width = self.model.clip.encode_text(self.model.tokenizer([""]).to(device)).shape[1]
+            key |= dict(view=data.for_models(student, self.model).view, width=self.width)
+            key |= dict(preprocess=str(self.model.preprocess()), scale=self.model.clip.logit_scale.exp().item())
+            self.same(known, key)
+        known |= key
+        self.view, self.scale = known["view"], torch.tensor(known["scale"], device=device)
+        if self.folder and self.model:
             gigabytes = 2e-9 * self.n * self.width * (cfg.epochs + 1)
-            say(f"{self.folder}: keeps the teacher's embeddings, {gigabytes:.2f} GB for {cfg.epochs} epochs")
-            self.filled(0)
+            say(f"--teacher-cache {self.folder}: {gigabytes:.2f} GB when all {cfg.epochs} epochs are there")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(known, indent=2).encode())
 
-    def filled(self, positions):
-        self.key["positions"] = max(positions, self.key["positions"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "key.json", json.dumps(self.key, indent=2).encode())
+    def same(self, known, key):
+        for name in [name for name in key if name in known and known[name] != key[name]]:
+            fail(f"--teacher-cache {self.folder}: made with {name} {known[name]!r}, this run has {key[name]!r}")
 
     def map(self, name):
         """The (n, D_t) file of that name, mapped into memory; made if it is not there."""
@@ -783,91 +778,92 @@ class Teacher:
                 self.maps[name] = memmap(path, "r+")
         return self.maps[name]
 
+    def read(self, items):
+        """n (epoch, index) -> their image and text embeddings (n, 2, D_t)."""
+        return np.array([[self.map(f"image-{epoch}")[i], self.map("text")[i]] for epoch, i in items])
+
     @torch.no_grad()
     def __call__(self, items, images, tokens, chunk):
         """n (epoch, index), (n, H, W, 3) uint8, (n, context) -> image (n, D_t), text (n, D_t)."""
-        if not self.cached:
+        if not self.folder:
             return self.model(images, tokens, chunk)[0]
-        places = [((self.map(f"image-{epoch}"), i), (self.map("text"), i)) for epoch, i in items]
-        read = lambda: np.array([[rows[i] for rows, i in place] for place in places])  # (n, 2, D_t)
-        stored = read()
+        stored = self.read(items)
         if np.isnan(stored).any():
             new = [F.normalize(x.float(), dim=-1).cpu().numpy() for x in self.model(images, tokens, chunk)[0]]
-            for k, which in np.argwhere(np.isnan(stored).any(2)):
-                rows, i = places[k][which]
-                rows[i] = new[which][k]
-            stored = read()
+            for k, kind in np.argwhere(np.isnan(stored).any(2)):
+                epoch, i = items[k]
+                self.map("text" if kind else f"image-{epoch}")[i] = new[kind][k]
+            stored = self.read(items)
         return torch.from_numpy(stored).to(self.device).float().unbind(1)
 
 
-class Run:
-    """The files of a run, and what they remember beside the weights: its log, and the pairs that did not decode."""
+def hash_of(weights):
+    """A tag, or the hash of a file; of a checkpoint's tensors alone, by their checksums: its log holds times."""
+    if not Path(weights).is_file():
+        return weights
+    content = Path(weights).read_bytes()
+    if zipfile.is_zipfile(weights):
+        content = str([r.CRC for r in zipfile.ZipFile(weights).infolist() if "/data/" in r.filename]).encode()
+    return hashlib.sha256(content).hexdigest()
 
-    def __init__(self, cfg, data, path, total, student, optimizer, keep):
-        self.cfg, self.data, self.path, self.total, self.student, self.optimizer = (
-            cfg,
-            data,
-            path,
-            total,
-            student,
-            optimizer,
-        )
+
+class Run:
+    """The files of a run, and what they hold beside the weights: its log, and the pairs that did not decode."""
+
+    def __init__(self, cfg, data, path, total, student, optimizer):
+        self.cfg, self.data, self.path, self.student, self.optimizer = cfg, data, path, student, optimizer
+        self.total, self.step, self.log, self.bad, self.begun = total, 0, [], set(), False
         self.log_path = path.with_name("log.jsonl" if path.stem == "student" else f"{path.stem}_log.jsonl")
-        found = previous(path, cfg, data, keep)
+        found = previous(path, cfg, data)
         everyones(set())  # all processes have looked before one of them writes
-        self.step, self.log, self.bad, self.begun = 0, [], set(), False
         if found:
             with words(f"{path}: cannot be gone on with"):
                 student.clip.load_state_dict(found["state_dict"])
                 student.projections.load_state_dict(found["projections"])
                 optimizer.load_state_dict(found["optimizer"])
                 self.step, self.log, self.bad = found["step"], found["log"], set(found["bad"])
-            say(f"{path}: " + (f"goes on from step {self.step}" if self.step < total else "is trained already"))
-        elif cfg.resume:
+            say(f"{path}: goes on from step {self.step} of {total}")
+        elif cfg.resume and path.stem == "student":
             say(f"--resume: there is no {path}, so this run begins")
         if found or not path.exists():
             self.save()  # at step 0 too, so that a kill in the first epoch can be resumed
         self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
         self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0, dynamic_ncols=True)
 
+    def save(self):
+        """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
+        self.begun, epoch = True, self.step * self.cfg.batch / len(self.data)
+        if rank() == 0:
+            more = dict(steps=self.total, log=self.log, bad=sorted(self.bad), identity=identity(self.cfg, self.data))
+            more |= dict(optimizer=self.optimizer.state_dict(), projections=self.student.projections.state_dict())
+            save_checkpoint(self.path, self.student, self.cfg, self.step, epoch, **more)
+            write_atomically(self.log_path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
+
     def wait_for(self, loader):
         """-> the next batch. Stops when more than 1 % of the pairs did not decode."""
         start = time.perf_counter()
         *batch, undecodable = next(loader)
-        self.waited += time.perf_counter() - start
-        self.bad |= undecodable
+        self.waited, self.bad = self.waited + time.perf_counter() - start, self.bad | undecodable
         if len(self.bad) > len(self.data) // 100:
-            bad, first = len(self.bad), min(self.bad)
-            where = f"pair {first}, in {self.data.place(first)[0]}"
-            stop(f"{bad} of {len(self.data)} pairs do not decode, more than 1 %: the first is {where}")
+            first = f"pair {min(self.bad)}, in {self.data.place(min(self.bad))[0]}"
+            stop(f"{len(self.bad)} of {len(self.data)} pairs do not decode, more than 1 %: the first is {first}")
         return batch
 
-    def note(self, figures, settings, caught):
-        """After each step: logs, saves, and ends the run where it is time to. Only a log waits for the device."""
-        n, batch, step = len(self.data), self.cfg.batch, self.step
-        self.step += 1
-        self.bar.update()
+    def note(self, figures, caught):
+        """After each step: logs, saves and ends the run where it is time to. Only a log waits for the device."""
+        n, batch, step, self.step = len(self.data), self.cfg.batch, self.step, self.step + 1
         epoch_ends = self.step == self.total or self.step * batch // n > step * batch // n
+        self.bar.update()
         if epoch_ends or step % self.cfg.log_every == 0:
-            figures = {name: value.item() for name, value in figures.items()}
+            figures = {name: x.item() if torch.is_tensor(x) else x for name, x in figures.items()}
             if not all(map(math.isfinite, figures.values())):
-                stop(f"not finite by step {step}: " + ", ".join(f"{name} {value:g}" for name, value in figures.items()))
+                stop(f"not finite by step {step}: " + ", ".join(f"{name} {x:g}" for name, x in figures.items()))
             self.bad, seconds = everyones(self.bad), time.perf_counter() - self.since
             speed = {"img_s": (self.step - self.counted) * batch / seconds, "data_wait": self.waited / seconds}
             self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
-            record = {
-                "step": step,
-                "epoch": step * batch / n,
-                "diag": None,
-                "off": None,
-                **figures,
-                **settings,
-                **speed,
-            }
+            record = {"step": step, "epoch": step * batch / n, "diag": None, "off": None, **figures, **speed}
             self.log.append(record | {"bad": len(self.bad)})
-            self.bar.set_postfix_str(
-                "loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s wait {data_wait:.0%}".format(**record)
-            )
+            self.bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s".format(**record))
             if self.begun and rank() == 0:
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(self.log[-1]) + "\n")
@@ -877,16 +873,6 @@ class Run:
         if signals and self.step < self.total:
             say(f"{self.path}: --resume goes on from step {self.step}")
             sys.exit(128 + max(signals))
-
-    def save(self):
-        """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
-        self.begun = True
-        if rank() == 0:
-            more = dict(steps=self.total, log=self.log, bad=sorted(self.bad), identity=identity(self.cfg, self.data))
-            more |= dict(optimizer=self.optimizer.state_dict(), projections=self.student.projections.state_dict())
-            epoch = self.step * self.cfg.batch / len(self.data)
-            save_checkpoint(self.path, self.student, self.cfg, self.step, epoch, **more)
-            write_atomically(self.log_path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
 
 
 def draw_curves(log, cfg, path):
@@ -1045,7 +1031,7 @@ def save_checkpoint(path, model, cfg, step=0, epoch=0.0, **more):
     """Self-describing: `model_from_checkpoint` needs nothing else (for local-dir: and hf-hub: models, their source).
     `state_dict` is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
     content = dict(format=FORMAT, architecture=model.name, context_length=model.context_length, step=step, epoch=epoch)
-    content |= dict(preprocess={key: getattr(model, key) for key in PREPROCESS}, config=dataclasses.asdict(cfg))
+    content |= dict(preprocess=model.preprocess(), config=dataclasses.asdict(cfg))
     content |= dict(state_dict=model.clip.state_dict(), **more)
     buffer = io.BytesIO()  # for on a full disk torch.save itself does not say what is wrong
     torch.save(content, buffer)
@@ -1085,25 +1071,20 @@ def identity(cfg, data):
     return settings | {"content of --data": data.fingerprint, "number of processes": world_size()}
 
 
-def previous(path, cfg, data, keep=False):
-    """The checkpoint at `path` that a run of `cfg` goes on with, or None where it begins and may replace what is there.
-
-    keep: a finished run of the same identity is kept without being asked for, and even by --overwrite.
-    """
-    if not path.exists() or (cfg.overwrite and not (keep and zipfile.is_zipfile(path))):
+def previous(path, cfg, data):
+    """The checkpoint at `path` that a run of `cfg` goes on with, or None where it begins and may replace what is there."""
+    if not path.exists() or (cfg.overwrite and not cfg.resume):
         return None
     found, now = load_checkpoint(path), identity(cfg, data)
     before, finished = found.get("identity", {}), found["step"] == found.get("steps")
     changed = [name for name in now if now[name] != before.get(name)]
-    if keep and finished and not changed:
-        return found
-    if cfg.overwrite:
+    if changed and cfg.overwrite:
         return None
     if not cfg.resume:
         state = "a finished run" if finished else f"a run at step {found['step']} of {found.get('steps')}"
         fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite replaces it")
     for name in changed:
-        fail(f"--resume: {name} was {before.get(name)!r} in {path}, is now {now[name]!r}")
+        fail(f"--out {cfg.out} holds another run ({path.name}): {name} was {before.get(name)!r}, is now {now[name]!r}")
     return found
 
 
@@ -1125,16 +1106,12 @@ def lock(out):
 # ---------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
 def given(options, argv, description):
     """The fields of the dataclass `options` that the command line gives -> a dict. The parser is made from its lines:
     names, types and defaults from the fields, the help from their comments."""
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
-    parser = Parser(description=description.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (see --help)")
     for field in dataclasses.fields(options):
         name, more = "--" + field.name.replace("_", "-"), {"type": field.type}
         if field.type is bool:
@@ -1169,38 +1146,37 @@ def parse_args(argv=None):
     return cfg, real
 
 
-def needs_teacher(cfg):
-    return not (cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0)  # no-kd gives it no weight anywhere
-
-
 def check(cfg):
     """Fails on a setting that no run can use, naming the flag and what would be valid."""
     least = dict(batch=2, epochs=1, phantom_pairs=2, log_every=1, workers=-1, seed=0, micro_batch=0)
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"--{name.replace('_', '-')} {value}: must be a finite number")
-        if name in least and value < least[name]:
-            fail(f"--{name.replace('_', '-')} {value}: must be at least {least[name]}")
-    for right, message in (
-        (cfg.tau > 0, f"--tau {cfg.tau}: must be more than 0"),
-        (0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
-        (cfg.beta0 or not cfg.r_is_end, "--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is"),
-        (cfg.seed < 2**32, f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond"),
-        (not (cfg.resume and cfg.overwrite), "--resume with --overwrite: give one of them"),
-        (cfg.batch % world_size() == 0, f"--batch {cfg.batch}: not divisible by the {world_size()} processes"),
-        (Path(cfg.out).is_dir() or not Path(cfg.out).exists(), f"--out {cfg.out}: is a file; give a folder"),
+        if isinstance(value, float) and not math.isfinite(value) or name in least and value < least[name]:
+            fail(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {least.get(name, 'or less')}")
+    for wrong, message in (
+        (cfg.tau <= 0, f"--tau {cfg.tau}: must be more than 0"),
+        (not 0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
+        (cfg.r_is_end and cfg.beta0 == 0, "--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is"),
+        (cfg.seed >= 2**32, f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond"),
+        (cfg.resume and cfg.overwrite, "--resume with --overwrite: give one of them"),
+        (cfg.batch % world_size(), f"--batch {cfg.batch}: not divisible by the {world_size()} processes"),
+        (os.path.exists(cfg.out) and not os.path.isdir(cfg.out), f"--out {cfg.out}: is a file; give a folder"),
     ):
-        if not right:
+        if wrong:
             fail(message)
     with words(f"--device {cfg.device} (valid are auto, cpu, cuda, cuda:N, mps)"):
         torch.zeros(1, device="cpu" if cfg.device == "auto" else cfg.device).item()
 
 
+def needs_teacher(cfg):
+    return not (cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0)  # no-kd gives it no weight anywhere
+
+
 def teacher_config(cfg):
-    """The configuration of the run that trains the teacher: the same loop, with the teacher as a student of none."""
+    """The run that trains the teacher: the same loop, with the teacher as a student of none. It goes on with a teacher
+    that is there and fits, finished or not."""
     neutral = dict(coupled=True, beta0=0.0, r=1.0, r_is_end=False, diag=1.0, tau=5.0, smooth=0.0, feature=0.0)
     models = dict(student=cfg.teacher, student_weights="", teacher="", teacher_weights="", teacher_epochs=0)
-    return dataclasses.replace(cfg, epochs=cfg.teacher_epochs or cfg.epochs, **models, **neutral)
+    return dataclasses.replace(cfg, epochs=cfg.teacher_epochs or cfg.epochs, resume=True, **models, **neutral)
 
 
 def introduce(cfg, real, student):
@@ -1212,15 +1188,12 @@ def introduce(cfg, real, student):
         )
     line = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}"
     if cfg.r < 0 and cfg.beta0:
-        line += f", crossing zero at epoch {cfg.epochs / (1 - cfg.r):.1f} of {cfg.epochs}"
-        line += (
-            " (r is the final weight)"
-            if cfg.r_is_end
-            else f" (Eq. 7; the authors' own run ends at {cfg.r:g}: --r-is-end)"
-        )
-    say(line)
+        line += f", crossing zero at epoch {cfg.epochs / (1 - cfg.r):.1f} of {cfg.epochs} "
+        line += "(r is the end)" if cfg.r_is_end else f"(Eq. 7; the authors' own run ends at {cfg.r:g}: --r-is-end)"
     tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.clip.visual, student.clip))
-    say(f"student: {student.name}, {whole:.2f} M parameters, {tower:.2f} M of them for {student.size} px images")
+    say(
+        f"{line}\nstudent: {student.name}, {whole:.2f} M parameters, {tower:.2f} M of them for {student.size} px images"
+    )
 
 
 @words(errors=MAIN_ERRORS)
@@ -1243,9 +1216,7 @@ def main(argv=None):
     with signals_held() as caught:
         if trains_teacher:
             say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
-            train(
-                teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught, keep=True
-            )
+            train(teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught)
             everyones(set())  # the file is whole before another process reads it
             teacher = Teacher(cfg, str(out / "teacher.pt"), student, data, device)
         models = [student] + [teacher.model] * bool(teacher and teacher.model)
@@ -1253,8 +1224,6 @@ def main(argv=None):
         data.view = teacher.view if teacher else data.view
         log = train(cfg, device, student, teacher, data, out / "student.pt", caught)
     if rank() == 0:
-        if teacher and teacher.cached:
-            teacher.filled(cfg.epochs * len(data) // cfg.batch * cfg.batch)
         draw_curves(log, cfg, out / "curves.png")
         say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
         held.release()

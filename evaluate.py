@@ -74,11 +74,7 @@ PHRASINGS = (
     "Obstetric ultrasound, {}.",
 )
 PLANE_WORDS = {part: f"fetal {part}" for part in ("abdomen", "brain", "femur", "heart", "kidney", "spine")}
-PLANE_WORDS |= {
-    "cervix": "maternal cervix",
-    "lips_nose": "fetal lips and nose",
-    "profile_patient": "fetal facial profile",
-}
+PLANE_WORDS |= dict(cervix="maternal cervix", lips_nose="fetal lips and nose", profile_patient="fetal facial profile")
 BRAIN_WORDS = {plane: dark.VIEWS[plane] for plane in dark.BRAIN_PLANES}
 PROMPTS = {
     "planes": {name: [phrasing.format(words) for phrasing in PHRASINGS] for name, words in PLANE_WORDS.items()},
@@ -157,7 +153,7 @@ def phantom_tables():
     for i in range(BENCHMARK_SIZE):
         image, label = dark.phantom(BENCHMARK_SEED, i)
         plane, brain = (label["view"], "") if label["view"] in PLANE_WORDS else ("brain", label["view"])
-        planes.append(dict(image=i, patient=i // 2, train=i % 4 > 1, planes=plane, brain=brain))
+        planes.append(dict(image=i, patient=str(i // 2), train=i % 4 > 1, planes=plane, brain=brain))
         if brain and len(heads) < BENCHMARK_HEADS:
             heads.append(dict(image=i, side_mm=max(image.size) * label["pixel_mm"], hc_mm=label["hc_mm"]))
     return planes, heads
@@ -192,8 +188,8 @@ def write_pairs(path, planes, heads, size):
     texts = [dark.caption(i, view) for i, view in enumerate(views)]
     for i, row in enumerate(heads):
         texts.append(dark.caption(i, "fetal brain", age_of(row["hc_mm"]), row["side_mm"] / size))
-    if not texts:
-        fail("--write-pairs: needs --hc18 DIR, or --planes DIR with rows of `Train ` = 1")
+    if not texts or Path(path).suffix != ".csv":
+        fail(f"--write-pairs {path}: needs a name in .csv, and --hc18 DIR or --planes DIR with rows of `Train ` = 1")
     csv.writer(table).writerow(("image", "caption"))
     for row, text in zip(trained + heads, texts):
         image = Path(os.path.abspath(row["image"]))
@@ -392,14 +388,16 @@ def rehearse(planes, videos, args):
     """All that is measured on labels, with random features: what the rows do not allow is told before the long work."""
     for task in SCORES if planes else ():
         labels = [planes[i][task] for i in zero_shot_rows(planes, task, args.split)]
-        with dark.words(f"--planes, {task}, split {args.split!r}: too few images or classes", errors=ValueError):
+        with dark.words(
+            f"--planes, --probe or --geometry: too few rows for {task} in the split {args.split!r}", errors=ValueError
+        ):
             macro_f1(labels, labels)
             if args.geometry:
                 geometry(torch.randn(len(labels), 2), labels)
             if args.probe:
                 probe(planes, task, torch.randn(len(planes), 2), F1)
     if videos:
-        with dark.words("--chd: too few videos", errors=ValueError):
+        with dark.words("--chd: too few rows", errors=ValueError):
             probe(videos, "label", torch.randn(len(videos), 2), AUROC)
 
 
@@ -421,9 +419,10 @@ def measure(model, planes, heads, videos, prompts, args, teacher_logits=None):
     if planes:
         features = embed_images(model, [row["image"] for row in planes], args)
         for task, key in SCORES.items():
-            mine = zero_shot_rows(planes, task, args.split)
-            logits = features[mine] @ class_embeddings(model, prompts[task]).cpu().T  # (n, C): rows images
-            predicted, actual = [list(prompts[task])[c] for c in logits.argmax(1)], [planes[i][task] for i in mine]
+            classes, mine = list(PROMPTS[task]), zero_shot_rows(planes, task, args.split)
+            embeddings = class_embeddings(model, {name: prompts[name] for name in classes}).cpu()  # (C, D)
+            logits = features[mine] @ embeddings.T  # (n, C): rows images, columns classes
+            predicted, actual = [classes[c] for c in logits.argmax(1)], [planes[i][task] for i in mine]
             result[key], drawings[key] = macro_f1(predicted, actual), (features[mine], logits, predicted, actual)
         result["f1_all"] = (5 * result["f1_5plane"] + 3 * result["f1_3brain"]) / 8
     if heads and planes:
@@ -452,9 +451,10 @@ def measure(model, planes, heads, videos, prompts, args, teacher_logits=None):
 def draw_model(path, name, drawings):
     """One figure of a model: age against head, confusion matrices, t-SNE of the brain planes (Figures 2b and 3)."""
     panels = [*drawings, "t-SNE"] if len(drawings.get("f1_3brain", [()])[0]) > 5 else [*drawings]
-    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+    figure = Figure(figsize=(6 * columns, 5 * rows), layout="constrained")
     figure.suptitle(name)
-    for panel, axis in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+    for panel, axis in zip(panels, figure.subplots(rows, columns, squeeze=False).flat):
         if panel == "heads":
             score, hc_mm = drawings["heads"]
             low, high = (dark.who_hc(dark.GA_DAYS, curve) for curve in (WHO_HC_2_5, WHO_HC_97_5))
@@ -474,7 +474,7 @@ def draw_model(path, name, drawings):
             axis.legend()
         else:
             _, _, predicted, actual = drawings[panel]
-            style = dict(normalize="true", values_format=".2f", colorbar=False, cmap="Blues", xticks_rotation=45)
+            style = dict(normalize="true", values_format=".2f", colorbar=False, cmap="Blues", xticks_rotation=90)
             metrics.ConfusionMatrixDisplay.from_predictions(actual, predicted, ax=axis, **style)
             axis.set_title(f"{panel}, share of each true class")
     save_figure(figure, path)
@@ -529,9 +529,10 @@ def seed_means(records, runs):
             shared = [key for key in scores[0] if all(key in s for s in scores)]
             mean = {key: float(np.mean([s[key] for s in scores])) for key in shared}
             sd = {key: float(np.std([s[key] for s in scores], ddof=1)) for key in shared}
-            name = f"mean of {len(group)} seeds ({', '.join(map(str, group))})"
-            of = [record["name"] for record in group.values()]
-            means.append({"name": name, "epoch": epoch, "seeds": list(group), "of": of, "mean": mean, "sd": sd})
+            ablation = next(iter(group.values()))["ablation"]
+            name = f"mean of {len(group)} seeds ({', '.join(map(str, group))}) {ablation}".strip()
+            about = {"name": name, "epoch": epoch, "seeds": list(group), "ablation": ablation}
+            means.append({**about, "checkpoints": [r["name"] for r in group.values()], "mean": mean, "sd": sd})
     return means
 
 
@@ -650,11 +651,13 @@ def main(argv=None):
     if not args.probe:
         planes = [row for row in planes if row["planes"] in PROMPTS["planes"]]
     path = results_path(args)
-    given = read_prompts(*args.prompts, needed=[*PLANE_WORDS, *BRAIN_WORDS] if planes and args.prompts else ())
+    needed = [*PLANE_WORDS, *BRAIN_WORDS] if planes and args.prompts else []
     prompts = {
-        task: {name: given.get(name, ours[name]) for name in ours} for task, ours in PROMPTS.items() if task != "ga"
+        **PROMPTS["planes"],
+        **PROMPTS["brain"],
+        "ga": PROMPTS["ga"],
+        **read_prompts(*args.prompts, needed=needed),
     }
-    prompts["ga"] = given.get("ga", PROMPTS["ga"])
     models, teacher = open_models(args)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     of_teacher, drawings = measure(teacher, planes, [], videos, prompts, args) if teacher else ({}, {})
@@ -664,7 +667,7 @@ def main(argv=None):
         with dark.words(model.name, errors=FloatingPointError):
             result, drawings = measure(model, planes, heads, videos, prompts, args, teacher_logits)
         for key in ("probe_planes", "probe_brain", "chd_auroc"):
-            if key in result and key in of_teacher:
+            if key in result and of_teacher.get(key):
                 result[f"{key}_retention_percent"] = 100 * result[key] / of_teacher[key]
         records.append({"name": model.name, **facts, **result, "split": args.split, "benchmark": benchmark})
         figures.append(drawings if args.plots else {})
@@ -678,7 +681,8 @@ def main(argv=None):
         if drawings:
             picture = re.sub(r"[^\w.]+", "-", record["name"].removesuffix(".pt")).strip("-.")
             draw_model(path.with_name(f"{picture}.png"), record["name"], drawings)
-    if args.plots and len(set(runs)) == 1 < len({record.get("epoch") for record in records}):
+    epochs = {record.get("epoch") for record in records}
+    if args.plots and len(epochs) > 1 == len({(run, record.get("seed")) for run, record in zip(runs, records)}):
         draw_epochs(path.with_name("epochs.png"), records)
 
 

@@ -298,8 +298,8 @@ def main(argv=None):
     phone = find_iphone() if args.iphone else None
     prompts = evaluate.PROMPTS[args.labels] if args.labels in ("planes", "brain") else {}
     if args.labels and not prompts:
-        classes = evaluate.read_prompts(args.labels).items()  # and, it may be, age templates
-        prompts = {c: texts for c, texts in classes if c != "ga"} or fail(f"--labels {args.labels}: has no class")
+        found = evaluate.read_prompts(args.labels).items()  # and, it may be, age templates
+        prompts = {c: texts for c, texts in found if c != "ga"} or fail(f"--labels {args.labels}: has no class")
     start = timeit.default_timer()
     torch.set_num_threads(1)  # other work on the machine disturbs one thread least, so the latencies repeat
     model, about = open_subject(args)
