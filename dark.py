@@ -372,12 +372,13 @@ class Pairs(Dataset):
     """
 
     def __init__(self, cfg):
-        self.seed, self.text, ends = cfg.seed, bytearray(), [0]
-        for place in find_pairs(cfg):
-            self.text += "\0".join(map(str, place)).encode()
-            ends.append(len(self.text))
-        self.ends, self.text = np.array(ends), bytes(self.text)
-        self.fingerprint = f"{len(self)} pairs, {hashlib.sha256(self.text).hexdigest()[:16]}"
+        text, ends, digest = bytearray(), [0], hashlib.sha256()
+        for path, *rest in find_pairs(cfg):
+            text += "\0".join(map(str, (path, *rest))).encode()
+            ends.append(len(text))
+            digest.update(f"{os.path.basename(path)} {rest}".encode())  # the folder may move
+        self.seed, self.ends, self.text = cfg.seed, np.array(ends), bytes(text)
+        self.fingerprint = f"{len(self)} pairs, {digest.hexdigest()[:16]}"
 
     def for_models(self, *models):
         data = copy.copy(self)
@@ -390,7 +391,7 @@ class Pairs(Dataset):
 
     def place(self, index):
         """-> path, offset, length of the image, caption."""
-        return self.text[self.ends[index] : self.ends[index + 1]].decode().split("\0")
+        return self.text[self.ends[index] : self.ends[index + 1]].decode().split("\0", 3)
 
     def __getitem__(self, item):
         """-> (S, S, 3) uint8 image, (6,) view, caption, the item, the indices that did not decode."""
@@ -766,13 +767,10 @@ class Teacher:
     def map(self, name):
         """The (n, D_t) file of that name, mapped into memory; made if it is not there."""
         if name not in self.maps:
-            path, new, memmap = (
-                self.folder / f"{name}.npy",
-                self.folder / f".{os.getpid()}.tmp",
-                np.lib.format.open_memmap,
-            )
+            path, memmap = self.folder / f"{name}.npy", np.lib.format.open_memmap
             with words(f"--teacher-cache {path}"), filelock.FileLock(self.folder / ".lock"):
                 if not path.exists():
+                    new = self.folder / f".{os.getpid()}.tmp"
                     memmap(new, "w+", np.float16, (self.n, self.width)).fill(np.nan)
                     os.replace(new, path)
                 self.maps[name] = memmap(path, "r+")
@@ -825,18 +823,25 @@ class Run:
             say(f"{path}: goes on from step {self.step} of {total}")
         elif cfg.resume and path.stem == "student":
             say(f"--resume: there is no {path}, so this run begins")
-        if found or not path.exists():
+        if found:
+            self.write_log()
+        elif not path.exists():
             self.save()  # at step 0 too, so that a kill in the first epoch can be resumed
         self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
         self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0, dynamic_ncols=True)
 
     def save(self):
         """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
-        self.begun, epoch = True, self.step * self.cfg.batch / len(self.data)
         if rank() == 0:
+            epoch = self.step * self.cfg.batch / len(self.data)
             more = dict(steps=self.total, log=self.log, bad=sorted(self.bad), identity=identity(self.cfg, self.data))
             more |= dict(optimizer=self.optimizer.state_dict(), projections=self.student.projections.state_dict())
             save_checkpoint(self.path, self.student, self.cfg, self.step, epoch, **more)
+        self.write_log()
+
+    def write_log(self):
+        self.begun = True  # from here on the files in the folder are this run's
+        if rank() == 0:
             write_atomically(self.log_path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
 
     def wait_for(self, loader):
