@@ -395,7 +395,8 @@ class Pairs(Dataset):
 
     def __getitem__(self, item):
         """-> (S, S, 3) uint8 image, (6,) view, caption, the item, the indices that did not decode."""
-        (size, interpolation), image, text, bad = self.view, Image.new("L", (1, 1)), "", []
+        (size, interpolation), text, bad = self.view, "", []
+        image = Image.new("L", (size, size))
         while len(bad) <= len(self) // 100:  # the training stops at more
             index = (item[1] + len(bad)) % len(self)
             try:
@@ -605,7 +606,7 @@ ANATOMY = {
 def phantom(seed, index, width=160, height=120):
     """A synthetic ultrasound, deterministic in (seed, index): an 'L' image, and its view, days, pixel_mm, hc_mm."""
     rng = np.random.default_rng([seed, index])
-    view, days = str(rng.choice(list(ANATOMY))), int(rng.choice(GA_DAYS))
+    view, days = str(rng.choice([*ANATOMY, *BRAIN_PLANES])), int(rng.choice(GA_DAYS))  # six in ten are heads
     hc_mm = float(who_hc(days)) * rng.normal(1, 0.02)
     # As a sonographer does, one of two depths, so that the head fills the sector: size alone does not tell the age.
     pixel_mm = (0.55 if hc_mm * rng.uniform(0.95, 1.05) <= 185 else 0.98) * rng.uniform(0.98, 1.02)
@@ -647,11 +648,12 @@ def phantom(seed, index, width=160, height=120):
 
 
 def phantom_pair(seed, index):
+    """-> an image, and a caption that tells the plane of a brain or the age, seldom both: so each has to be learnt."""
     image, label = phantom(seed, index)
-    view, kind = VIEWS[label["view"]], index // 9 % 5
-    if kind < 2:  # not every caption tells the plane of the brain, so that the age has to be learnt,
+    view, kind = VIEWS[label["view"]], index // 9 % 8
+    if kind not in (4, 5, 6):
         view = view.partition(",")[0]
-    if kind in (1, 2):  # nor every one the age, so that the plane has to be
+    if kind in (4, 5, 7):
         return image, caption(index, view)
     return image, caption(index, view, label["days"], label["pixel_mm"] * max(image.size) / 64)  # of the 64 px input
 
@@ -828,7 +830,7 @@ class Run:
         elif not path.exists():
             self.save()  # at step 0 too, so that a kill in the first epoch can be resumed
         self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
-        self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0 or None, dynamic_ncols=True)
 
     def save(self):
         """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
@@ -868,7 +870,11 @@ class Run:
             self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
             record = {"step": step, "epoch": step * batch / n, "diag": None, "off": None, **figures, **speed}
             self.log.append(record | {"bad": len(self.bad)})
-            self.bar.set_postfix_str("loss {loss:.3f} beta {beta:+.2f} {img_s:.0f} img/s".format(**record))
+            terms = " ".join(f"{k} {record[k]:.3f}" for k in ("loss", "clip", "diag", "off") if record[k] is not None)
+            told = terms + " beta {beta:+.2f} scale {logit_scale:.1f} {img_s:.0f} img/s".format(**record)
+            self.bar.set_postfix_str(told)
+            if epoch_ends:
+                say(f"epoch {self.step * batch / n:.2f}/{self.cfg.epochs}  step {self.step}/{self.total}  {told}")
             if self.begun and rank() == 0:
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(self.log[-1]) + "\n")
@@ -1088,18 +1094,19 @@ def previous(path, cfg, data):
     if not cfg.resume:
         state = "a finished run" if finished else f"a run at step {found['step']} of {found.get('steps')}"
         fail(f"--out {cfg.out} holds {state} ({path.name}): --resume goes on with it, --overwrite replaces it")
-    for name in changed:
-        fail(f"--out {cfg.out} holds another run ({path.name}): {name} was {before.get(name)!r}, is now {now[name]!r}")
+    if changed:
+        what = ", ".join(f"{name} was {before.get(name)!r}, is now {now[name]!r}" for name in changed)
+        fail(f"--out {cfg.out} holds another run ({path.name}): {what}")
     return found
 
 
 def lock(out):
-    """Holds the folder for this process until that ends, however it ends."""
+    """Holds the folder for this process, in a `with`; the system lets go of it too, however the process ends."""
     out.mkdir(parents=True, exist_ok=True)
-    holder, held = out / ".lock", filelock.FileLock(out / ".lock")
+    holder = out / ".lock"
     owner = holder.read_text() if holder.exists() else ""
     try:
-        held.acquire(blocking=False)
+        held = filelock.FileLock(holder).acquire(blocking=False)
     except filelock.Timeout:
         fail(f"--out {out}: is in use by process {owner or 'another'}")
     holder.write_text(str(os.getpid()))
@@ -1216,22 +1223,19 @@ def main(argv=None):
     elif needs_teacher(cfg):
         teacher = Teacher(cfg, cfg.teacher_weights, student, data, device)
     previous(out / "student.pt", cfg, data)  # fails before a teacher is trained for nothing
-    held = lock(out) if rank() == 0 else None
     introduce(cfg, real, student)
-    with signals_held() as caught:
+    with lock(out) if rank() == 0 else nullcontext(), signals_held() as caught:
         if trains_teacher:
             say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
             train(teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught)
             everyones(set())  # the file is whole before another process reads it
             teacher = Teacher(cfg, str(out / "teacher.pt"), student, data, device)
-        models = [student] + [teacher.model] * bool(teacher and teacher.model)
-        data = data.for_models(*models)
+        data = data.for_models(student, teacher.model) if teacher and teacher.model else data.for_models(student)
         data.view = teacher.view if teacher else data.view
         log = train(cfg, device, student, teacher, data, out / "student.pt", caught)
-    if rank() == 0:
-        draw_curves(log, cfg, out / "curves.png")
-        say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
-        held.release()
+        if rank() == 0:
+            draw_curves(log, cfg, out / "curves.png")
+            say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
