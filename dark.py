@@ -160,13 +160,13 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
     smooth            epsilon: the target becomes (1 - epsilon) p + epsilon / N
 
     Returns the loss, clip * parts["clip"] + diag * parts["diag"] + beta * parts["off"], and the detached `parts`. All
-    in fp32 under any autocast, for bf16 steps by 0.5 at logits of 100; float64 stays float64.
+    in fp32 under any autocast (bf16 would step by 0.5 at logits of 100); float64 stays float64.
     """
     with torch.autocast(image.device.type, enabled=False):
         unit = lambda x: F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
 
-        # Eq. 2: the teacher's targets p, softmaxed over the texts (rows) and over the images (columns).
+        # Eq. 2: the targets p of the teacher, the only one that tau softens, softmaxed over the texts (rows) and over the images (columns).
         with torch.no_grad():
             t_logits = (t_scale / tau * t_image) @ t_text.T  # (N, N): rows images, columns texts
             p_rows, p_cols = t_logits.softmax(1), t_logits.softmax(0)  # (N, N) each
@@ -236,8 +236,8 @@ class Model(nn.Module):
 
     def pixels(self, images):
         """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
-        x = images.permute(0, 3, 1, 2).float() / 255  # channels last in memory, which is fast on a GPU
-        x = x if x.is_cuda else x.contiguous()  # and crashes torch 2.15 in MobileCLIP2-S0's backward on a CPU
+        x = images.permute(0, 3, 1, 2).float() / 255  # in memory channels last: fast on a GPU; on a CPU torch 2.15
+        x = x if x.is_cuda else x.contiguous()  # crashes with it in MobileCLIP2-S0's backward
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
         return (x - constant(self.mean, x.device)) / constant(self.std, x.device)
@@ -256,7 +256,8 @@ class Model(nn.Module):
         """
         embed = self.embed
         if torch.is_grad_enabled() and chunk < len(tokens):
-            spare = lambda: {name: buffer.clone() for name, buffer in self.named_buffers()}  # batch norm moves once
+            # Batch norm's running statistics move in the first pass alone: the second one gets copies of them.
+            spare = lambda: {name: buffer.clone() for name, buffer in self.named_buffers()}
             contexts = lambda: (nullcontext(), _reparametrize_module(self, spare()))
             embed = partial(checkpoint, self.embed, use_reentrant=False, context_fn=contexts)
         parts = [embed(*part) for part in zip(images.split(chunk), tokens.split(chunk))]
@@ -376,14 +377,16 @@ class Pairs(Dataset):
         for path, *rest in find_pairs(cfg):
             text += "\0".join(map(str, (path, *rest))).encode()
             ends.append(len(text))
-            digest.update(f"{os.path.basename(path)} {rest}".encode())  # the folder may move
+            digest.update(
+                f"{os.path.basename(path)} {rest}".encode()
+            )  # not the folder, which may move under a teacher cache
         self.seed, self.ends, self.text = cfg.seed, np.array(ends), bytes(text)
         self.fingerprint = f"{len(self)} pairs, {digest.hexdigest()[:16]}"
 
     def for_models(self, *models):
         data = copy.copy(self)
         data.tokenizers, largest = [m.tokenizer for m in models], max(models, key=lambda m: m.size)
-        data.view = [largest.size, largest.interpolation]  # of equals the first's, the student's
+        data.view = [largest.size, largest.interpolation]  # where both are as large, the student's
         return data
 
     def __len__(self):
@@ -400,10 +403,10 @@ class Pairs(Dataset):
         while len(bad) <= len(self) // 100:  # the training stops at more
             index = (item[1] + len(bad)) % len(self)
             try:
-                image, text = read_pair(self.seed, *self.place(index))
-                if image.format == "JPEG":  # decoded at half its size or less, where that is still twice what is needed
-                    image.draft(None, [math.ceil(2 * size / max(image.size) * side) for side in image.size])
-                image = square(image, size, interpolation)
+                opened, text = read_pair(self.seed, *self.place(index))
+                if opened.format == "JPEG":  # decoded at half its size or less where that is twice what is needed
+                    opened.draft(None, [math.ceil(2 * size / max(opened.size) * side) for side in opened.size])
+                image = square(opened, size, interpolation)
                 break
             except UNDECODABLE:
                 bad.append(index)
@@ -682,7 +685,7 @@ def train(cfg, device, student, teacher, data, path, caught):
 
     for step in range(run.step, total):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank()]).generate_state(1)[0]))  # of any dropout
-        images, views, tokens, items, repeated = run.wait_for(loader)
+        images, views, tokens, items, repeated = run.wait_for(loader)  # tokens: the student's, the teacher's
         images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
         images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
         (image, text, *projected), scale = net(images, tokens[0], chunk)
@@ -709,7 +712,7 @@ def train(cfg, device, student, teacher, data, path, caught):
 
         parts = parts if teacher else {"clip": parts["clip"]}
         figures = dict(loss=loss, **parts, beta=beta, lr=lr, grad_norm=grad_norm, repeated_captions=repeated)
-        run.note({**figures, "logit_scale": student.clip.logit_scale.exp()}, caught)
+        run.after_step({**figures, "logit_scale": student.clip.logit_scale.exp()}, caught)
     return run.log
 
 
@@ -856,15 +859,17 @@ class Run:
             stop(f"{len(self.bad)} of {len(self.data)} pairs do not decode, more than 1 %: the first is {first}")
         return batch
 
-    def note(self, figures, caught):
-        """After each step: logs, saves and ends the run where it is time to. Only a log waits for the device."""
+    def after_step(self, figures, caught):
+        """Logs, saves at the end of an epoch, and ends the run after a signal. The host waits for the device only here."""
         n, batch, step, self.step = len(self.data), self.cfg.batch, self.step, self.step + 1
         epoch_ends = self.step == self.total or self.step * batch // n > step * batch // n
+        signals, logs = everyones(caught), epoch_ends or step % self.cfg.log_every == 0
         self.bar.update()
-        if epoch_ends or step % self.cfg.log_every == 0:
+        if logs or signals:
             figures = {name: x.item() if torch.is_tensor(x) else x for name, x in figures.items()}
             if not all(map(math.isfinite, figures.values())):
                 stop(f"not finite by step {step}: " + ", ".join(f"{name} {x:g}" for name, x in figures.items()))
+        if logs:
             self.bad, seconds = everyones(self.bad), time.perf_counter() - self.since
             speed = {"img_s": (self.step - self.counted) * batch / seconds, "data_wait": self.waited / seconds}
             self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
@@ -878,7 +883,6 @@ class Run:
             if self.begun and rank() == 0:
                 with open(self.log_path, "a") as file:
                     file.write(json.dumps(self.log[-1]) + "\n")
-        signals = everyones(caught)
         if epoch_ends or signals:
             self.save()
         if signals and self.step < self.total:
@@ -989,7 +993,7 @@ MAIN_ERRORS = (OSError, MemoryError)  # what may happen to any script at any tim
 
 @contextmanager
 def words(what="", errors=Exception):
-    """Words every mistake: an error in here becomes 'what: what the library said', one line, exit code 2.
+    """Words every mistake: an error in here becomes 'what: what the library said', one line, exit code 2 (Ctrl-C: 130).
 
     For calls of libraries with what a user gave, and with MAIN_ERRORS as a decorator of every main: so a fault of this
     project keeps its traceback.
@@ -1084,7 +1088,7 @@ def identity(cfg, data):
 
 def previous(path, cfg, data):
     """The checkpoint at `path` that a run of `cfg` goes on with, or None where it begins and may replace what is there."""
-    if not path.exists() or (cfg.overwrite and not cfg.resume):
+    if not path.exists() or (cfg.overwrite and not (cfg.resume and zipfile.is_zipfile(path))):
         return None
     found, now = load_checkpoint(path), identity(cfg, data)
     before, finished = found.get("identity", {}), found["step"] == found.get("steps")
@@ -1142,7 +1146,7 @@ def given(options, argv, description):
 
 def parse_args(argv=None):
     """-> the configuration, and whether it is a real run. Precedence: flag, --ablation, demonstration, default."""
-    flags = given(Config, argv, __doc__)
+    flags = given(Config, argv, f"{__doc__.splitlines()[0]} The demonstration's defaults: {DEMONSTRATION}.")
     ablation = flags.get("ablation", "")
     if ablation and ablation not in ABLATIONS:
         fail(f"--ablation {ablation}: valid are {', '.join(ABLATIONS)}")
@@ -1160,10 +1164,13 @@ def parse_args(argv=None):
 
 def check(cfg):
     """Fails on a setting that no run can use, naming the flag and what would be valid."""
-    least = dict(batch=2, epochs=1, phantom_pairs=2, log_every=1, workers=-1, seed=0, micro_batch=0)
+    least = dict(batch=2, epochs=1, teacher_epochs=0, phantom_pairs=2, log_every=1, workers=-1, seed=0, micro_batch=0)
+    least |= dict(lr=0, warmup=0, weight_decay=0, clip_norm=0, feature=0, context_length=0)
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value) or name in least and value < least[name]:
-            fail(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {least.get(name, 'or less')}")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        if name in least and value < least[name]:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least {least[name]}")
     for wrong, message in (
         (cfg.tau <= 0, f"--tau {cfg.tau}: must be more than 0"),
         (not 0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
