@@ -656,7 +656,7 @@ def phantom_pair(seed, index):
     view, kind = VIEWS[label["view"]], index // 9 % 8
     if kind not in (3, 4, 5, 6):
         view = view.partition(",")[0]
-    if kind > 3:
+    if kind > 4:
         return image, caption(index, view)
     return image, caption(index, view, label["days"], label["pixel_mm"] * max(image.size) / 64)  # of the 64 px input
 
