@@ -126,7 +126,7 @@ ABLATIONS = {
 # the paper's teacher has a logit scale of 100, softened 100 / 5 = 20; one trained for minutes has 14, and 14 / 5 would
 # be a nearly uniform target, whose repulsion drives all pairs apart alike. 14 / 0.7 = 20 keeps the paper's regime.
 DEMONSTRATION = dict(
-    teacher="demo-teacher", student="demo-fastvit", tau=0.7, epochs=7, teacher_epochs=6, batch=64, lr=2e-3, warmup=30
+    teacher="demo-teacher", student="demo-fastvit", tau=0.7, epochs=8, teacher_epochs=5, batch=64, lr=2e-3, warmup=30
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -375,10 +375,10 @@ class Pairs(Dataset):
     def __init__(self, cfg):
         text, ends, digest = bytearray(), [0], hashlib.sha256()
         for path, *rest in find_pairs(cfg):
-            text += "\0".join(map(str, (path, *rest))).encode()
+            text += "\0".join(map(str, (path, *rest))).encode(errors="surrogateescape")  # a path may be any bytes
             ends.append(len(text))
             digest.update(
-                f"{os.path.basename(path)} {rest}".encode()
+                f"{os.path.basename(path)} {rest}".encode(errors="surrogateescape")
             )  # not the folder, which may move under a teacher cache
         self.seed, self.ends, self.text = cfg.seed, np.array(ends), bytes(text)
         self.fingerprint = f"{len(self)} pairs, {digest.hexdigest()[:16]}"
@@ -394,7 +394,7 @@ class Pairs(Dataset):
 
     def place(self, index):
         """-> path, offset, length of the image, caption."""
-        return self.text[self.ends[index] : self.ends[index + 1]].decode().split("\0", 3)
+        return self.text[self.ends[index] : self.ends[index + 1]].decode(errors="surrogateescape").split("\0", 3)
 
     def __getitem__(self, item):
         """-> (S, S, 3) uint8 image, (6,) view, caption, the item, the indices that did not decode."""
@@ -541,7 +541,7 @@ def find_in_table(path):
 def read_table(path, columns=(), delimiter=","):
     """Yields the rows of a CSV file in UTF-8 as dictionaries of strings; fails where a column or a value is missing."""
     row = None
-    with words(f"{path}: no table in UTF-8"), open(path, newline="", encoding="utf-8-sig") as file:
+    with words(f"{path}: no CSV in UTF-8"), open(path, newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file, delimiter=delimiter, strict=True)
         absent = [c for c in columns if c not in (table.fieldnames or [])]
         if absent:
@@ -656,7 +656,7 @@ def phantom_pair(seed, index):
     view, kind = VIEWS[label["view"]], index // 9 % 8
     if kind not in (3, 4, 5, 6):
         view = view.partition(",")[0]
-    if kind > 4:
+    if kind > 3:
         return image, caption(index, view)
     return image, caption(index, view, label["days"], label["pixel_mm"] * max(image.size) / 64)  # of the 64 px input
 
@@ -775,11 +775,16 @@ class Teacher:
             path, memmap = self.folder / f"{name}.npy", np.lib.format.open_memmap
             with words(f"--teacher-cache {path}"), filelock.FileLock(self.folder / ".lock"):
                 if not path.exists():
-                    new = self.folder / f".{os.getpid()}.tmp"
-                    memmap(new, "w+", np.float16, (self.n, self.width)).fill(np.nan)
-                    os.replace(new, path)
+                    write_atomically(path, self.write_empty)
+                memmap(path, "r")  # refuses a file that was cut short; "r+" would fill it up with zeros
                 self.maps[name] = memmap(path, "r+")
         return self.maps[name]
+
+    def write_empty(self, file):
+        shape = {"descr": "<f2", "fortran_order": False, "shape": (self.n, self.width)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        for _ in range(self.n):  # written, not mapped: on a full disk a map would end the process without a word
+            file.write(np.full(self.width, np.nan, "<f2").tobytes())
 
     def read(self, items):
         """n (epoch, index) -> their image and text embeddings (n, 2, D_t)."""
@@ -1016,11 +1021,12 @@ def words(what="", errors=Exception):
 
 
 def write_atomically(path, content):
-    """Writes bytes to a temporary file and renames it: a kill leaves the old file or the new, never half of one."""
+    """Writes bytes, or what content(file) writes, to a temporary file and renames it: a kill leaves the old file or the
+    new, never half of one."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
