@@ -231,6 +231,11 @@ class Model(nn.Module):
         self.size, self.mean, self.std, self.interpolation = (preprocess[key] for key in PREPROCESS)
         self.projections = nn.ModuleList()
 
+    @property
+    def frame(self):
+        """What images are brought to for this model, see `square`."""
+        return self.size, self.interpolation
+
     def preprocess(self):
         return {key: getattr(self, key) for key in PREPROCESS}
 
@@ -368,8 +373,8 @@ class Pairs(Dataset):
     """The image-caption pairs of all sources. An item is an (epoch, index); its view depends on it and the seed alone.
 
     Where each pair lies is one line of one long text: ten million Python objects would be copied to every worker.
-    Images come at the largest input size of `models` with the draw of their augmentation; what is left, to augment and
-    to resize for the smaller model, is done for whole batches on the device.
+    Images come at the size of each model with the draw of their augmentation, which is done for whole batches on the
+    device. So what the student sees does not depend on whether a teacher is there to see the same at its own size.
     """
 
     def __init__(self, cfg):
@@ -385,8 +390,7 @@ class Pairs(Dataset):
 
     def for_models(self, *models):
         data = copy.copy(self)
-        data.tokenizers, largest = [m.tokenizer for m in models], max(models, key=lambda m: m.size)
-        data.view = [largest.size, largest.interpolation]  # where both are as large, the student's
+        data.frames, data.tokenizers = list(dict.fromkeys(m.frame for m in models)), [m.tokenizer for m in models]
         return data
 
     def __len__(self):
@@ -397,28 +401,30 @@ class Pairs(Dataset):
         return self.text[self.ends[index] : self.ends[index + 1]].decode(errors="surrogateescape").split("\0", 3)
 
     def __getitem__(self, item):
-        """-> (S, S, 3) uint8 image, (6,) view, caption, the item, the indices that did not decode."""
-        (size, interpolation), text, bad = self.view, "", []
-        image = Image.new("L", (size, size))
+        """-> {frame: (S, S, 3) uint8 image}, (6,) view, caption, the item, the indices that did not decode."""
+        images, text, bad = {frame: Image.new("L", (frame[0], frame[0])) for frame in self.frames}, "", []
         while len(bad) <= len(self) // 100:  # the training stops at more
             index = (item[1] + len(bad)) % len(self)
             try:
                 opened, text = read_pair(self.seed, *self.place(index))
                 if opened.format == "JPEG":  # decoded at half its size or less where that is twice what is needed
-                    opened.draft(None, [math.ceil(2 * size / max(opened.size) * side) for side in opened.size])
-                image = square(opened, size, interpolation)
+                    share = 2 * max(self.frames)[0] / max(opened.size)
+                    opened.draft(None, [math.ceil(share * side) for side in opened.size])
+                images = {frame: square(opened, *frame) for frame in self.frames}
                 break
             except UNDECODABLE:
                 bad.append(index)
+        pixels = {frame: torch.from_numpy(np.array(image.convert("RGB"))) for frame, image in images.items()}
         view = draw_view(np.random.default_rng([self.seed, *item]))
-        return torch.from_numpy(np.array(image.convert("RGB"))), torch.from_numpy(view), text, item, bad
+        return pixels, torch.from_numpy(view), text, item, bad
 
     def collate(self, samples):
-        """-> (n, S, S, 3) images, (n, 6) views, (n, context) tokens per model, items, share of repeats, undecodable."""
+        """-> {frame: (n, S, S, 3)}, (n, 6) views, (n, context) tokens per model, items, share of repeats, undecodable."""
         images, views, texts, items, bad = zip(*samples)
+        images = {frame: torch.stack([image[frame] for image in images]) for frame in self.frames}
         tokens = [tokenizer(list(texts)) for tokenizer in self.tokenizers]
         repeated = 1 - len(set(texts)) / len(texts)  # false negatives, which a negative beta repels most
-        return torch.stack(images), torch.stack(views), tokens, items, repeated, {i for b in bad for i in b}
+        return images, torch.stack(views), tokens, items, repeated, {i for b in bad for i in b}
 
 
 def batches(n, batch, steps, seed, process=0, world=1):
@@ -686,9 +692,11 @@ def train(cfg, device, student, teacher, data, path, caught):
     for step in range(run.step, total):
         torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank()]).generate_state(1)[0]))  # of any dropout
         images, views, tokens, items, repeated = run.wait_for(loader)  # tokens: the student's, the teacher's
-        images, views, *tokens = (x.to(device, non_blocking=True) for x in (images, views, *tokens))
-        images = torch.cat([augment(*part) for part in zip(images.split(chunk), views.split(chunk))])
-        (image, text, *projected), scale = net(images, tokens[0], chunk)
+        views, *tokens = (x.to(device, non_blocking=True) for x in (views, *tokens))
+        for frame, x in images.items():
+            parts = zip(x.to(device, non_blocking=True).split(chunk), views.split(chunk))
+            images[frame] = torch.cat([augment(*part) for part in parts])
+        (image, text, *projected), scale = net(images[student.frame], tokens[0], chunk)
         lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
         if teacher:
             t_image, t_text, t_scale = *teacher(items, images, tokens[-1], chunk), teacher.scale
@@ -739,12 +747,12 @@ class Teacher:
     always what is stored, so cold and warm runs end with the same bits. Where nothing is missing, no model is loaded.
     """
 
-    def __init__(self, cfg, weights, student, data, device):
+    def __init__(self, cfg, weights, data, device):
         self.folder, self.maps, self.n, self.device = cfg.teacher_cache, {}, len(data), device
         self.model, key, known = None, {}, {}
         if self.folder:
             key = dict(teacher=cfg.teacher, weights=hash_of(weights), context_length=cfg.context_length, seed=cfg.seed)
-            key |= dict(data=data.fingerprint, student=[student.size, student.interpolation])
+            key |= dict(data=data.fingerprint)
             self.folder, path = Path(self.folder), Path(self.folder, "key.json")
             with words(f"--teacher-cache {self.folder}"):
                 known = json.loads(path.read_text()) if path.exists() else {}
@@ -754,11 +762,11 @@ class Teacher:
             self.model = open_model(cfg.teacher, weights, cfg.context_length, "--teacher-weights")
             self.model.requires_grad_(False).eval().to(device)
             self.width = self.model.clip.encode_text(self.model.tokenizer([""]).to(device)).shape[1]
-            key |= dict(view=data.for_models(student, self.model).view, width=self.width)
-            key |= dict(preprocess=str(self.model.preprocess()), scale=self.model.clip.logit_scale.exp().item())
+            key |= dict(width=self.width, scale=self.model.clip.logit_scale.exp().item())
+            key |= dict(preprocess=str(self.model.preprocess()))
             self.same(known, key)
         known |= key
-        self.view, self.scale = known["view"], torch.tensor(known["scale"], device=device)
+        self.scale = torch.tensor(known["scale"], device=device)
         if self.folder and self.model:
             gigabytes = 2e-9 * self.n * self.width * (cfg.epochs + 1)
             say(f"--teacher-cache {self.folder}: {gigabytes:.2f} GB when all {cfg.epochs} epochs are there")
@@ -792,12 +800,13 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, items, images, tokens, chunk):
-        """n (epoch, index), (n, H, W, 3) uint8, (n, context) -> image (n, D_t), text (n, D_t)."""
+        """n (epoch, index), {frame: (n, S, S, 3) uint8}, (n, context) -> image (n, D_t), text (n, D_t)."""
+        compute = lambda: self.model(images[self.model.frame], tokens, chunk)[0]
         if not self.folder:
-            return self.model(images, tokens, chunk)[0]
+            return compute()
         stored = self.read(items)
         if np.isnan(stored).any():
-            new = [F.normalize(x.float(), dim=-1).cpu().numpy() for x in self.model(images, tokens, chunk)[0]]
+            new = [F.normalize(x.float(), dim=-1).cpu().numpy() for x in compute()]
             for k, kind in np.argwhere(np.isnan(stored).any(2)):
                 epoch, i = items[k]
                 self.map("text" if kind else f"image-{epoch}")[i] = new[kind][k]
@@ -1234,7 +1243,7 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = open_model(cfg.teacher, "", cfg.context_length, "--teacher-weights")
     elif needs_teacher(cfg):
-        teacher = Teacher(cfg, cfg.teacher_weights, student, data, device)
+        teacher = Teacher(cfg, cfg.teacher_weights, data, device)
     previous(out / "student.pt", cfg, data)  # fails before a teacher is trained for nothing
     introduce(cfg, real, student)
     with lock(out) if rank() == 0 else nullcontext(), signals_held() as caught:
@@ -1242,9 +1251,8 @@ def main(argv=None):
             say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
             train(teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught)
             everyones(set())  # the file is whole before another process reads it
-            teacher = Teacher(cfg, str(out / "teacher.pt"), student, data, device)
+            teacher = Teacher(cfg, str(out / "teacher.pt"), data, device)
         data = data.for_models(student, teacher.model) if teacher and teacher.model else data.for_models(student)
-        data.view = teacher.view if teacher else data.view
         log = train(cfg, device, student, teacher, data, out / "student.pt", caught)
         if rank() == 0:
             draw_curves(log, cfg, out / "curves.png")

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -637,6 +638,7 @@ def open_models(args):
 
 @dark.words(errors=(*dark.MAIN_ERRORS, FloatingPointError))
 def main(argv=None):
+    warnings.filterwarnings("ignore", module="sklearn|scipy")  # of few rows; what matters is said in a line of ours
     args = parse_args(argv)
     planes = planes_table(args.planes) if args.planes else []
     heads = hc18_table(args.hc18) if args.hc18 else []
