@@ -1,5 +1,9 @@
 """python -m pytest: the mathematics against loop-written references, and the three scripts end to end, offline."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models this small run faster so
+
 import copy
 import errno
 import gzip
@@ -8,7 +12,6 @@ import inspect
 import io
 import json
 import math
-import os
 import pickle
 import re
 import resource
