@@ -382,9 +382,8 @@ class Pairs(Dataset):
         for path, *rest in find_pairs(cfg):
             text += "\0".join(map(str, (path, *rest))).encode(errors="surrogateescape")  # a path may be any bytes
             ends.append(len(text))
-            digest.update(
-                f"{os.path.basename(path)} {rest}".encode(errors="surrogateescape")
-            )  # not the folder, which may move under a teacher cache
+            # Not the folder, which may move under a teacher cache.
+            digest.update(f"{os.path.basename(path)} {rest}".encode(errors="surrogateescape"))
         self.seed, self.ends, self.text = cfg.seed, np.array(ends), bytes(text)
         self.fingerprint = f"{len(self)} pairs, {digest.hexdigest()[:16]}"
 
@@ -402,7 +401,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, item):
         """-> {frame: (S, S, 3) uint8 image}, (6,) view, caption, the item, the indices that did not decode."""
-        images, text, bad = {frame: Image.new("L", (frame[0], frame[0])) for frame in self.frames}, "", []
+        text, bad = "", []
         while len(bad) <= len(self) // 100:  # the training stops at more
             index = (item[1] + len(bad)) % len(self)
             try:
@@ -414,6 +413,8 @@ class Pairs(Dataset):
                 break
             except UNDECODABLE:
                 bad.append(index)
+        else:
+            images = {frame: Image.new("L", (frame[0], frame[0])) for frame in self.frames}
         pixels = {frame: torch.from_numpy(np.array(image.convert("RGB"))) for frame, image in images.items()}
         view = draw_view(np.random.default_rng([self.seed, *item]))
         return pixels, torch.from_numpy(view), text, item, bad
@@ -490,7 +491,7 @@ def square(image, size, interpolation):
 
 
 def find_pairs(cfg):
-    """--data -> path, offset, length (0: all of it) of the image, and caption, of every pair."""
+    """--data -> path, offset, length (-1: all of it) of the image, and caption, of every pair."""
     for source in cfg.data:
         with words(f"--data {source}"):
             patterns = list(braceexpand(source))
@@ -612,6 +613,7 @@ ANATOMY = {
 }
 
 
+@lru_cache(maxsize=8192)  # 160 MB in a loader process, which so draws each only once and not every epoch
 def phantom(seed, index, width=160, height=120):
     """A synthetic ultrasound, deterministic in (seed, index): an 'L' image, and its view, days, pixel_mm, hc_mm."""
     rng = np.random.default_rng([seed, index])
@@ -791,8 +793,9 @@ class Teacher:
     def write_empty(self, file):
         shape = {"descr": "<f2", "fortran_order": False, "shape": (self.n, self.width)}
         np.lib.format.write_array_header_1_0(file, shape)
+        row = np.full(self.width, np.nan, "<f2").tobytes()
         for _ in range(self.n):  # written, not mapped: on a full disk a map would end the process without a word
-            file.write(np.full(self.width, np.nan, "<f2").tobytes())
+            file.write(row)
 
     def read(self, items):
         """n (epoch, index) -> their image and text embeddings (n, 2, D_t)."""
@@ -818,9 +821,10 @@ def hash_of(weights):
     """A tag, or the hash of a file; of a checkpoint's tensors alone, by their checksums: its log holds times."""
     if not Path(weights).is_file():
         return weights
-    content = Path(weights).read_bytes()
     if zipfile.is_zipfile(weights):
         content = str([r.CRC for r in zipfile.ZipFile(weights).infolist() if "/data/" in r.filename]).encode()
+    else:
+        content = Path(weights).read_bytes()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -923,10 +927,8 @@ def draw_curves(log, cfg, path):
     bottom.set(xlabel="epoch", ylabel="loss term, unweighted (nats)")
     for axis in (top, bottom):
         axis.legend()
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
+    write_atomically(path, partial(figure.savefig, dpi=120, format="png"))
     plt.close(figure)
-    write_atomically(path, image.getbuffer())
 
 
 # ---------------------------------------------------------------- processes

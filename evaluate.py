@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -495,9 +496,7 @@ def draw_epochs(path, records):
 
 
 def save_figure(figure, path):
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
-    dark.write_atomically(path, image.getbuffer())
+    dark.write_atomically(path, partial(figure.savefig, dpi=120, format="png"))
     print(f"wrote {path}")
 
 
@@ -638,7 +637,9 @@ def open_models(args):
 
 @dark.words(errors=(*dark.MAIN_ERRORS, FloatingPointError))
 def main(argv=None):
-    warnings.filterwarnings("ignore", module="sklearn|scipy")  # of few rows; what matters is said in a line of ours
+    # Of few rows, and of one age predicted for all: what matters of it is said in a line of ours.
+    warnings.filterwarnings("ignore", module="sklearn")
+    warnings.simplefilter("ignore", stats.ConstantInputWarning)  # is blamed on the caller, so on no module of SciPy's
     args = parse_args(argv)
     planes = planes_table(args.planes) if args.planes else []
     heads = hc18_table(args.hc18) if args.hc18 else []
