@@ -166,7 +166,7 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
         unit = lambda x: F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
         image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
 
-        # Eq. 2: the targets p of the teacher, the only one that tau softens, softmaxed over the texts (rows) and over the images (columns).
+        # Eq. 2: the teacher's targets p, over the texts (rows) and over the images (columns). tau softens only them.
         with torch.no_grad():
             t_logits = (t_scale / tau * t_image) @ t_text.T  # (N, N): rows images, columns texts
             p_rows, p_cols = t_logits.softmax(1), t_logits.softmax(0)  # (N, N) each
@@ -222,7 +222,7 @@ class Model(nn.Module):
     """An open_clip model with its tokenizer and preprocessing: from raw pixels and tokens to embeddings.
 
     size: pixels, of the square input. mean, std: of R, G, B in 0..1. interpolation: bicubic or bilinear.
-    projections: two linear layers to the teacher's width for the feature-KD row, else none.
+    width: D, of the embeddings. projections: two linear layers to the teacher's for the feature-KD row, else none.
     """
 
     def __init__(self, name, clip, tokenizer, preprocess):
@@ -230,6 +230,8 @@ class Model(nn.Module):
         self.name, self.clip, self.tokenizer, self.context_length = name, clip, tokenizer, tokenizer.context_length
         self.size, self.mean, self.std, self.interpolation = (preprocess[key] for key in PREPROCESS)
         self.projections = nn.ModuleList()
+        with torch.no_grad():
+            self.width = clip.eval().encode_text(tokenizer([""])).shape[1]
 
     @property
     def frame(self):
@@ -272,18 +274,6 @@ class Model(nn.Module):
 @lru_cache
 def constant(values, device):
     return torch.tensor(values, device=device).view(3, 1, 1)  # copied to the device once: each copy would wait for it
-
-
-def freeze_unused(model):
-    """Freezes what neither embedding uses (CoCa's decoder, SigLIP's bias), whose gradient DDP would wait for -> D."""
-    parameters = [p for p in model.clip.parameters() if p is not model.clip.logit_scale]
-    image, text = model.eval().embed(
-        torch.zeros(1, model.size, model.size, 3, dtype=torch.uint8), model.tokenizer([""])
-    )
-    gradients = torch.autograd.grad(image.sum() + text.sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
-    return image.shape[1]
 
 
 @timm.models.register_model
@@ -678,21 +668,23 @@ def train(cfg, device, student, teacher, data, path, caught):
     Goes on from the checkpoint at `path` where `previous` allows it; writes it after every epoch and when a signal
     has been `caught`.
     """
-    n, chunk = len(data), cfg.micro_batch or cfg.batch // world_size()
+    n, chunk = len(data), cfg.micro_batch or cfg.batch // WORLD
     total = cfg.epochs * n // cfg.batch  # T of Eq. 5 and 7, optimizer steps
     torch.manual_seed(cfg.seed)
-    width = freeze_unused(student)
     if cfg.feature:
-        student.projections.extend(nn.Linear(width, teacher.width) for _ in ("image", "text"))
+        student.projections.extend(nn.Linear(student.width, teacher.width) for _ in ("image", "text"))
     student.to(device).train()
     clamp_scale(student.clip)
     optimizer = make_optimizer(cfg, student)
     run = Run(cfg, data, path, total, student, optimizer)
-    net = DistributedDataParallel(student) if dist.is_initialized() else student
-    loader = make_loader(cfg, data, (run.step, total), device)
+    # static_graph: some parameters get no gradient (CoCa's decoder, SigLIP's bias), and DDP would wait for it.
+    net = DistributedDataParallel(student, static_graph=True) if dist.is_initialized() else student
+    order = batches(n, cfg.batch, (run.step, total), cfg.seed, RANK, WORLD)
+    how = dict(num_workers=WORKERS if cfg.workers < 0 else cfg.workers, pin_memory=device.type == "cuda")
+    loader = iter(DataLoader(data, batch_sampler=order, collate_fn=data.collate, worker_init_fn=ignore_signals, **how))
 
     for step in range(run.step, total):
-        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank()]).generate_state(1)[0]))  # of any dropout
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, RANK]).generate_state(1)[0]))  # of any dropout
         images, views, tokens, items, repeated = run.wait_for(loader)  # tokens: the student's, the teacher's
         views, *tokens = (x.to(device, non_blocking=True) for x in (views, *tokens))
         for frame, x in images.items():
@@ -734,13 +726,6 @@ def make_optimizer(cfg, model):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def make_loader(cfg, data, steps, device):
-    """This process's share of the batches of range(*steps), in order, from worker processes."""
-    order = batches(len(data), cfg.batch, steps, cfg.seed, rank(), world_size())
-    how = dict(num_workers=default_workers() if cfg.workers < 0 else cfg.workers, pin_memory=device.type == "cuda")
-    return iter(DataLoader(data, batch_sampler=order, collate_fn=data.collate, worker_init_fn=ignore_signals, **how))
-
-
 class Teacher:
     """A frozen model's embeddings of batches, kept in a folder where --teacher-cache names one.
 
@@ -753,7 +738,9 @@ class Teacher:
         self.folder, self.maps, self.n, self.device = cfg.teacher_cache, {}, len(data), device
         self.model, key, known = None, {}, {}
         if self.folder:
-            key = dict(teacher=cfg.teacher, weights=hash_of(weights), context_length=cfg.context_length, seed=cfg.seed)
+            file = Path(weights)  # else a tag
+            weights_hash = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else weights
+            key = dict(teacher=cfg.teacher, weights=weights_hash, context_length=cfg.context_length, seed=cfg.seed)
             key |= dict(data=data.fingerprint)
             self.folder, path = Path(self.folder), Path(self.folder, "key.json")
             with words(f"--teacher-cache {self.folder}"):
@@ -763,7 +750,7 @@ class Teacher:
         if not known or any(np.isnan(self.read(i)).any() for i in batches(self.n, cfg.batch, steps, cfg.seed)):
             self.model = open_model(cfg.teacher, weights, cfg.context_length, "--teacher-weights")
             self.model.requires_grad_(False).eval().to(device)
-            self.width = self.model.clip.encode_text(self.model.tokenizer([""]).to(device)).shape[1]
+            self.width = self.model.width
             key |= dict(width=self.width, scale=self.model.clip.logit_scale.exp().item())
             key |= dict(preprocess=str(self.model.preprocess()))
             self.same(known, key)
@@ -817,23 +804,12 @@ class Teacher:
         return torch.from_numpy(stored).to(self.device).float().unbind(1)
 
 
-def hash_of(weights):
-    """A tag, or the hash of a file; of a checkpoint's tensors alone, by their checksums: its log holds times."""
-    if not Path(weights).is_file():
-        return weights
-    if zipfile.is_zipfile(weights):
-        content = str([r.CRC for r in zipfile.ZipFile(weights).infolist() if "/data/" in r.filename]).encode()
-    else:
-        content = Path(weights).read_bytes()
-    return hashlib.sha256(content).hexdigest()
-
-
 class Run:
     """The files of a run, and what they hold beside the weights: its log, and the pairs that did not decode."""
 
     def __init__(self, cfg, data, path, total, student, optimizer):
         self.cfg, self.data, self.path, self.student, self.optimizer = cfg, data, path, student, optimizer
-        self.total, self.step, self.log, self.bad, self.begun = total, 0, [], set(), False
+        self.total, self.step, self.log, self.bad = total, 0, [], set()
         self.log_path = path.with_name("log.jsonl" if path.stem == "student" else f"{path.stem}_log.jsonl")
         found = previous(path, cfg, data)
         everyones(set())  # all processes have looked before one of them writes
@@ -846,25 +822,16 @@ class Run:
             say(f"{path}: goes on from step {self.step} of {total}")
         elif cfg.resume and path.stem == "student":
             say(f"--resume: there is no {path}, so this run begins")
-        if found:
-            self.write_log()
-        elif not path.exists():
-            self.save()  # at step 0 too, so that a kill in the first epoch can be resumed
         self.since, self.waited, self.counted = time.perf_counter(), 0.0, self.step
-        self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=rank() > 0 or None, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=self.step, desc=path.stem, disable=RANK > 0 or None, dynamic_ncols=True)
 
     def save(self):
         """Writes the checkpoint, which carries the log, and the log; what an earlier run left there goes only now."""
-        if rank() == 0:
+        if RANK == 0:
             epoch = self.step * self.cfg.batch / len(self.data)
             more = dict(steps=self.total, log=self.log, bad=sorted(self.bad), identity=identity(self.cfg, self.data))
             more |= dict(optimizer=self.optimizer.state_dict(), projections=self.student.projections.state_dict())
             save_checkpoint(self.path, self.student, self.cfg, self.step, epoch, **more)
-        self.write_log()
-
-    def write_log(self):
-        self.begun = True  # from here on the files in the folder are this run's
-        if rank() == 0:
             write_atomically(self.log_path, "".join(json.dumps(record) + "\n" for record in self.log).encode())
 
     def wait_for(self, loader):
@@ -874,7 +841,7 @@ class Run:
         self.waited, self.bad = self.waited + time.perf_counter() - start, self.bad | undecodable
         if len(self.bad) > len(self.data) // 100:
             first = f"pair {min(self.bad)}, in {self.data.place(min(self.bad))[0]}"
-            stop(f"{len(self.bad)} of {len(self.data)} pairs do not decode, more than 1 %: the first is {first}")
+            fail(f"{len(self.bad)} of {len(self.data)} pairs do not decode, more than 1 %: the first is {first}", 1)
         return batch
 
     def after_step(self, figures, caught):
@@ -886,7 +853,7 @@ class Run:
         if logs or signals:
             figures = {name: x.item() if torch.is_tensor(x) else x for name, x in figures.items()}
             if not all(map(math.isfinite, figures.values())):
-                stop(f"not finite by step {step}: " + ", ".join(f"{name} {x:g}" for name, x in figures.items()))
+                fail(f"not finite by step {step}: " + ", ".join(f"{name} {x:g}" for name, x in figures.items()), 1)
         if logs:
             self.bad, seconds = everyones(self.bad), time.perf_counter() - self.since
             speed = {"img_s": (self.step - self.counted) * batch / seconds, "data_wait": self.waited / seconds}
@@ -898,9 +865,6 @@ class Run:
             self.bar.set_postfix_str(told)
             if epoch_ends:
                 say(f"epoch {self.step * batch / n:.2f}/{self.cfg.epochs}  step {self.step}/{self.total}  {told}")
-            if self.begun and rank() == 0:
-                with open(self.log_path, "a") as file:
-                    file.write(json.dumps(self.log[-1]) + "\n")
         if epoch_ends or signals:
             self.save()
         if signals and self.step < self.total:
@@ -934,21 +898,13 @@ def draw_curves(log, cfg, path):
 # ---------------------------------------------------------------- processes
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))  # likewise
-
-
-def default_workers():
-    return max(1, min(8, (os.cpu_count() or 2) // world_size() - 1))
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+WORKERS = max(1, min(8, (os.cpu_count() or 2) // WORLD - 1))  # loader processes, by default
 
 
 def everyones(values):
     """The union of a set over the processes, which all wait for each other here."""
-    sets = [values] * world_size()
+    sets = [values] * WORLD
     if dist.is_initialized():
         dist.all_gather_object(sets, values)
     return set().union(*sets)
@@ -958,10 +914,10 @@ def prepare_device(cfg):
     """The device of this process; joins the process group when torchrun started several."""
     cuda = torch.cuda.is_available() and cfg.device.startswith(("auto", "cuda"))
     device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
-    if cuda and (world_size() > 1 or cfg.device == "auto"):
+    if cuda and (WORLD > 1 or cfg.device == "auto"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world_size() > 1:
+    if WORLD > 1:
         with words("WORLD_SIZE is set, but not what torchrun sets beside it"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: sets pass without the GPU
     return device
@@ -988,20 +944,16 @@ def ignore_signals(worker):
 
 
 def say(message):
-    if rank() == 0:
+    if RANK == 0:
         tqdm.write(message)
 
 
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2."""
+def fail(message, code=2):
+    """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong in the middle of a run."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every machine: it may be the only one that lacks the file
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def stop(message):
-    """Something went wrong in the middle of a run: one line on stderr, exit code 1."""
-    sys.exit(f"\n{Path(sys.argv[0]).name}: stopped: {message}")
+        bar = "\n" * (code == 1)  # ends the progress bar's line
+        print(f"{bar}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 MAIN_ERRORS = (OSError, MemoryError)  # what may happen to any script at any time
@@ -1100,7 +1052,7 @@ RUN_FIELDS = ("ablation", "teacher_cache", "out", "workers", "device", "log_ever
 def identity(cfg, data):
     """What must be the same for a run to go on: its settings, its data, and the processes, which batch norm sees."""
     settings = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(cfg).items() if k not in RUN_FIELDS}
-    return settings | {"content of --data": data.fingerprint, "number of processes": world_size()}
+    return settings | {"content of --data": data.fingerprint, "number of processes": WORLD}
 
 
 def previous(path, cfg, data):
@@ -1169,8 +1121,10 @@ def parse_args(argv=None):
         fail(f"--ablation {ablation}: valid are {', '.join(ABLATIONS)}")
     flags = {**ABLATIONS.get(ablation, {}), **flags}
     cfg = Config(**flags)
+    if cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0:
+        flags["teacher"] = cfg.teacher = ""  # it would have no weight anywhere
     # Real data with a teacher, or with no need of one, is the paper's run; else everything starts at random.
-    ready = cfg.teacher_weights or ":" in cfg.teacher or (cfg.student_weights and not needs_teacher(cfg))
+    ready = cfg.teacher_weights or ":" in cfg.teacher or (cfg.student_weights and not cfg.teacher)
     real = bool(ready) and set(cfg.data) != {"phantom"}
     cfg = cfg if real else Config(**{**DEMONSTRATION, **flags})
     check(cfg)
@@ -1194,17 +1148,13 @@ def check(cfg):
         (cfg.r_is_end and cfg.beta0 == 0, "--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is"),
         (cfg.seed >= 2**32, f"--seed {cfg.seed}: must be less than 2**32; the evaluation's phantom lies beyond"),
         (cfg.resume and cfg.overwrite, "--resume with --overwrite: give one of them"),
-        (cfg.batch % world_size(), f"--batch {cfg.batch}: not divisible by the {world_size()} processes"),
+        (cfg.batch % WORLD, f"--batch {cfg.batch}: not divisible by the {WORLD} processes"),
         (os.path.exists(cfg.out) and not os.path.isdir(cfg.out), f"--out {cfg.out}: is a file; give a folder"),
     ):
         if wrong:
             fail(message)
     with words(f"--device {cfg.device} (valid are auto, cpu, cuda, cuda:N, mps)"):
         torch.zeros(1, device="cpu" if cfg.device == "auto" else cfg.device).item()
-
-
-def needs_teacher(cfg):
-    return not (cfg.coupled and cfg.beta0 == 0 and cfg.feature == 0)  # no-kd gives it no weight anywhere
 
 
 def teacher_config(cfg):
@@ -1240,15 +1190,15 @@ def main(argv=None):
         fail(f"--batch {cfg.batch}: more than the {len(data)} pairs of --data; at most {len(data)}")
     torch.manual_seed(cfg.seed)
     student = open_model(cfg.student, cfg.student_weights, cfg.context_length, "--student-weights")
-    trains_teacher = needs_teacher(cfg) and not cfg.teacher_weights and ":" not in cfg.teacher
+    trains_teacher = cfg.teacher and not cfg.teacher_weights and ":" not in cfg.teacher
     if trains_teacher:
         torch.manual_seed(cfg.seed)
         model = open_model(cfg.teacher, "", cfg.context_length, "--teacher-weights")
-    elif needs_teacher(cfg):
+    elif cfg.teacher:
         teacher = Teacher(cfg, cfg.teacher_weights, data, device)
     previous(out / "student.pt", cfg, data)  # fails before a teacher is trained for nothing
     introduce(cfg, real, student)
-    with lock(out) if rank() == 0 else nullcontext(), signals_held() as caught:
+    with lock(out) if RANK == 0 else nullcontext(), signals_held() as caught:
         if trains_teacher:
             say("no --teacher-weights: the teacher is trained first, with the CLIP loss alone")
             train(teacher_config(cfg), device, model, None, data.for_models(model), out / "teacher.pt", caught)
@@ -1256,7 +1206,7 @@ def main(argv=None):
             teacher = Teacher(cfg, str(out / "teacher.pt"), data, device)
         data = data.for_models(student, teacher.model) if teacher and teacher.model else data.for_models(student)
         log = train(cfg, device, student, teacher, data, out / "student.pt", caught)
-        if rank() == 0:
+        if RANK == 0:
             draw_curves(log, cfg, out / "curves.png")
             say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
     if dist.is_initialized():

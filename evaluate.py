@@ -582,7 +582,7 @@ def parse_args(argv=None):
     if not args.checkpoints and not args.model:
         args.checkpoints = ("out/student.pt",)
     if args.workers < 0:
-        args.workers = dark.default_workers()
+        args.workers = dark.WORKERS
     return args
 
 
