@@ -244,7 +244,7 @@ class Model(nn.Module):
     def pixels(self, images):
         """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
         x = images.permute(0, 3, 1, 2).float() / 255  # in memory channels last: fast on a GPU; on a CPU torch 2.15
-        x = x if x.is_cuda else x.contiguous()  # crashes with it in MobileCLIP2-S0's backward
+        x = x if x.is_cuda else x.contiguous()  # crashes with it where a 1x1 convolution of stride 2 has 3 channels
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
         return (x - constant(self.mean, x.device)) / constant(self.std, x.device)
@@ -280,7 +280,10 @@ def constant(values, device):
 def fastvit_demo(num_classes, embed_dims=(24, 48, 96, 192), **_):
     """The demonstration's image tower: FastViT's own blocks, few and thin, with layer scales that suit ten epochs."""
     shape = dict(layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
-    return timm.models.FastVit(embed_dims=embed_dims, num_classes=num_classes, **shape)
+    tower = timm.models.FastVit(embed_dims=embed_dims, num_classes=num_classes, **shape)
+    # A CPU takes two thirds of the time in this format (not in the first block: torch crashes there, see `pixels`).
+    tower.stem[0].register_forward_hook(lambda block, x, y: y.contiguous(memory_format=torch.channels_last))
+    return tower
 
 
 @timm.models.register_model
