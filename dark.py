@@ -126,7 +126,7 @@ ABLATIONS = {
 # the paper's teacher has a logit scale of 100, softened 100 / 5 = 20; one trained for minutes has 14, and 14 / 5 would
 # be a nearly uniform target, whose repulsion drives all pairs apart alike. 14 / 0.7 = 20 keeps the paper's regime.
 DEMONSTRATION = dict(
-    teacher="demo-teacher", student="demo-fastvit", tau=0.7, epochs=7, teacher_epochs=6, batch=64, lr=2e-3, warmup=30
+    teacher="demo-teacher", student="demo-fastvit", tau=0.7, epochs=7, teacher_epochs=8, batch=64, lr=2e-3, warmup=30
 )
 
 # ---------------------------------------------------------------- schedules and loss
@@ -953,7 +953,7 @@ def say(message):
 
 def fail(message, code=2):
     """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong in the middle of a run."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # on every machine: it may be the only one that lacks the file
+    if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # a mistake is met by every process of a machine
         bar = "\n" * (code == 1)  # ends the progress bar's line
         print(f"{bar}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -1171,18 +1171,14 @@ def teacher_config(cfg):
 def introduce(cfg, real, student):
     """The first lines of a run: what it is, and its schedule in numbers."""
     if not real:
-        say("A demonstration: small models, trained from scratch. The paper's run takes three flags:")
-        say(
-            "    --data 'shards/*.tar' --teacher-weights PATH --student-weights PATH  (FetalCLIP: --context-length 117)"
-        )
+        say("A demonstration: small models from scratch. For more: --data, --teacher-weights and --student-weights.")
     line = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}"
     if cfg.r < 0 and cfg.beta0:
         line += f", crossing zero at epoch {cfg.epochs / (1 - cfg.r):.1f} of {cfg.epochs} "
         line += "(r is the end)" if cfg.r_is_end else f"(Eq. 7; the authors' own run ends at {cfg.r:g}: --r-is-end)"
     tower, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.clip.visual, student.clip))
-    say(
-        f"{line}\nstudent: {student.name}, {whole:.2f} M parameters, {tower:.2f} M of them for {student.size} px images"
-    )
+    about = f"{whole:.2f} M parameters, {tower:.2f} M of them for {student.size} px images"
+    say(f"{line}\nstudent: {student.name}, {about}")
 
 
 @words(errors=MAIN_ERRORS)

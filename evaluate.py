@@ -125,8 +125,10 @@ def planes_table(folder):
     for row in dark.read_table(Path(folder) / "FETAL_PLANES_DB_data.csv", columns, delimiter=";"):
         name, patient, plane, brain, train = (row[column].strip() for column in columns)
         image, brain = Path(folder) / "Images" / f"{name}.png", brain.lower()
-        if plane not in PLANES or not image.is_file():
-            fail(f"--planes {folder}: {name} has no file {image}, or a Plane that is none of {', '.join(PLANES)}")
+        if plane not in PLANES:
+            fail(f"--planes {folder}: {name} has the Plane {plane!r}; known are {', '.join(PLANES)}")
+        if not image.is_file():
+            fail(f"--planes {folder}: {name} has no file {image}")
         brain = brain if brain in BRAIN_WORDS else ""
         rows.append(dict(image=image, patient=patient, train=train == "1", planes=PLANES[plane], brain=brain))
     return rows
