@@ -101,9 +101,9 @@ class Config:
     out: str = "out"  # folder for student.pt, log.jsonl, curves.png, and teacher.pt if one is trained
     workers: int = -1  # loader processes; -1: one less than the cores, 1 to 8
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    log_every: int = 10  # optimizer steps between two lines of log.jsonl
+    log_every: int = 10  # optimizer steps between two lines of log.jsonl (which is written with the checkpoint)
     resume: bool = False  # go on from the checkpoint in --out
-    overwrite: bool = False  # replace the run in --out (a finished teacher that fits is kept)
+    overwrite: bool = False  # replace the run in --out (a teacher that fits is kept or gone on with)
 
 
 # Table 3. Coupled rows give both weights one schedule, lambda(t) of Eq. 5 with lambda0 = beta0; r = 1 is a constant.
@@ -243,8 +243,10 @@ class Model(nn.Module):
 
     def pixels(self, images):
         """(n, H, H, 3) uint8 on any device -> (n, 3, size, size) float, resized and normalised."""
-        x = images.permute(0, 3, 1, 2).float() / 255  # in memory channels last: fast on a GPU; on a CPU torch 2.15
-        x = x if x.is_cuda else x.contiguous()  # crashes with it where a 1x1 convolution of stride 2 has 3 channels
+        # In memory channels last, fast on a GPU. On a CPU torch crashes with it in MobileCLIP2-S0's backward, where a
+        # 1x1 convolution of stride 2 has 3 channels (seen with 2.15).
+        x = images.permute(0, 3, 1, 2).float() / 255
+        x = x if x.is_cuda else x.contiguous()
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True).clamp(0, 1)
         return (x - constant(self.mean, x.device)) / constant(self.std, x.device)
@@ -278,7 +280,7 @@ def constant(values, device):
 
 @timm.models.register_model
 def fastvit_demo(num_classes, embed_dims=(24, 48, 96, 192), **_):
-    """The demonstration's image tower: FastViT's own blocks, few and thin, with layer scales that suit ten epochs."""
+    """The demonstration's image tower: FastViT's own blocks, few and thin, with layer scales that suit few epochs."""
     shape = dict(layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
     tower = timm.models.FastVit(embed_dims=embed_dims, num_classes=num_classes, **shape)
     # A CPU takes two thirds of the time in this format (not in the first block: torch crashes there, see `pixels`).
@@ -723,8 +725,7 @@ def train(cfg, device, student, teacher, data, path, caught):
 
 def make_optimizer(cfg, model):
     # Biases, norms and gains (also those shaped (C, 1, 1)) and the logit scale are not decayed.
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in parameters if (p.squeeze().ndim >= 2) == large] for large in (True, False))
+    matrices, vectors = ([p for p in model.parameters() if (p.squeeze().ndim >= 2) == large] for large in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -902,7 +903,7 @@ def draw_curves(log, cfg, path):
 
 
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
-WORKERS = max(1, min(8, (os.cpu_count() or 2) // WORLD - 1))  # loader processes, by default
+WORKERS = max(1, min(8, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))  # loaders, by default
 
 
 def everyones(values):
@@ -1132,7 +1133,7 @@ def parse_args(argv=None):
     cfg = cfg if real else Config(**{**DEMONSTRATION, **flags})
     check(cfg)
     if cfg.r_is_end:
-        cfg.r /= cfg.beta0
+        cfg.r /= cfg.beta0  # from here on r is that of Eq. 7, which ends at r * beta0
     return cfg, real
 
 

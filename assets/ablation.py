@@ -4,7 +4,6 @@ python assets/ablation.py runs      # what assets/suite.sh leaves
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,7 +64,7 @@ CLAIMS = [
 
 def read(runs):
     """-> the records of all runs, one each, and {(data, row): {seed: record}}; the teacher has one for every seed."""
-    commit = subprocess.check_output(["git", "-C", runs, "rev-parse", "--short", "HEAD"], text=True).strip()
+    commit = (runs / "commit").read_text().strip()
     records, table = [], {}
     results = lambda name: [r for path in sorted(runs.glob(f"{name}*.json")) for r in json.loads(path.read_text())]
     epochs = results("epochs-")
@@ -79,10 +78,11 @@ def read(runs):
             records.append(record)
             table.setdefault((data, row), {})[int(seed)] = record
         (teacher,) = results(f"teacher-{data}")
+        records.append(dict(row="teacher", data=data, commit=commit) | teacher)
         table[data, "teacher"] = dict.fromkeys(sorted(table[data, "selective"]), teacher)
     for row in ("selective", "static"):  # Avg per epoch, and what is gained from the checkpoint after the crossing
         for seed, record in table["phantom", row].items():
-            mine = [r for r in epochs if Path(r.get("name", "")).parent.name == f"{row}-{seed}" and r["epoch"] > 0]
+            mine = [r for r in epochs if Path(r.get("name", "")).parent.name == f"{row}-{seed}"]
             curve = {round(r["epoch"], 2): r["avg"] for r in [*mine, record]}
             record["epochs"] = dict(sorted(curve.items()))
             record["late_gain"] = record["avg"] - record["epochs"][4.0]
@@ -175,7 +175,7 @@ def main(runs):
     print(
         f"12 | rank correlation of selective, mean {np.mean(kept):.3f}: {'kept' if np.mean(kept) >= 0.8 else 'not kept'}"
     )
-    print(f"{len(records)} runs, {sum(r['seconds'] for r in records) / 3600:.1f} hours of one thread")
+    print(f"{len(records)} runs, {sum(r.get('seconds', 0) for r in records) / 3600:.1f} hours of one thread")
 
 
 main(Path(sys.argv[1]))

@@ -12,7 +12,9 @@ rows() {    # DATA SEED FLAGS...: every row of one data set with one seed
         python dark.py --ablation $row --teacher demo-teacher --teacher-weights runs/teacher-$data/student.pt \
             --teacher-cache runs/cache-$data-$seed --seed $seed --workers 0 --out "$run" "$@" &
         while sleep 1 && kill -0 $!; do    # keeps the checkpoint of every epoch
-            [ $data = phantom ] && cp -n "$run/student.pt" "$run/at-$(stat -c %Y "$run/student.pt").pt"
+            if [ $data = phantom ] && [ -e "$run/student.pt" ]; then
+                cp -n "$run/student.pt" "$run/at-$(stat -c %Y "$run/student.pt").pt" || true
+            fi
         done 2>/dev/null
         wait $!
         echo $SECONDS > "$run/seconds"
@@ -41,4 +43,8 @@ hc18() {
 python dark.py --ablation no-kd --student demo-teacher --epochs 16 --seed 1000 --out runs/teacher-phantom
 python dark.py --ablation no-kd --student demo-teacher --student-weights runs/teacher-phantom/student.pt --seed 1000 \
     --epochs 40 --batch 32 --lr 5e-4 --data 'HC18/train-*.tar' --out runs/teacher-hc18
-phantom & hc18 & wait
+git rev-parse --short HEAD > runs/commit
+phantom & a=$!
+hc18 & b=$!
+wait $a
+wait $b
