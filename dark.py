@@ -1210,7 +1210,6 @@ def main(argv=None):
             draw_curves(log, cfg, out / "curves.png")
             say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
     if dist.is_initialized():
-        everyones(set())  # torch 2.6 may hang where one process leaves while another still draws
         dist.destroy_process_group()
 
 
