@@ -742,9 +742,7 @@ class Teacher:
         self.folder, self.maps, self.n, self.device = cfg.teacher_cache, {}, len(data), device
         self.model, key, known = None, {}, {}
         if self.folder:
-            file = Path(weights)  # else a tag
-            weights_hash = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else weights
-            key = dict(teacher=cfg.teacher, weights=weights_hash, context_length=cfg.context_length, seed=cfg.seed)
+            key = dict(teacher=cfg.teacher, weights=hash_of(weights), context_length=cfg.context_length, seed=cfg.seed)
             key |= dict(data=data.fingerprint)
             self.folder, path = Path(self.folder), Path(self.folder, "key.json")
             with words(f"--teacher-cache {self.folder}"):
@@ -806,6 +804,17 @@ class Teacher:
                 self.map("text" if kind else f"image-{epoch}")[i] = new[kind][k]
             stored = self.read(items)
         return torch.from_numpy(stored).to(self.device).float().unbind(1)
+
+
+def hash_of(weights):
+    """A tag, or the hash of a file; of a checkpoint's tensors alone, by their checksums: its log holds times."""
+    if not Path(weights).is_file():
+        return weights
+    if zipfile.is_zipfile(weights):
+        content = str([r.CRC for r in zipfile.ZipFile(weights).infolist() if "/data/" in r.filename]).encode()
+    else:
+        content = Path(weights).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 class Run:
