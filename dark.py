@@ -1219,6 +1219,7 @@ def main(argv=None):
             draw_curves(log, cfg, out / "curves.png")
             say(f"wrote {out / 'student.pt'}, {out / 'log.jsonl'} and {out / 'curves.png'}")
     if dist.is_initialized():
+        time.sleep(0.1)  # else torch 2.6 may wait forever: its threads still let go of what was gathered last
         dist.destroy_process_group()
 
 
