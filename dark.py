@@ -319,6 +319,7 @@ def open_model(name, weights="", context_length=0, flag="--weights"):
     with words(f"{name} {tag} cannot be opened ({flag} PATH takes a local file)"):
         if name in DEMO_MODELS:
             text = {**TEXT, "context_length": context_length or TEXT["context_length"]}
+            # The logit scale hardly moves in a training of minutes: it begins where DEMONSTRATION wants it.
             clip = open_clip.CLIP(**{**DEMO_MODELS[name], "text_cfg": text}, init_logit_scale=math.log(20))
             tokenizer = open_clip.SimpleTokenizer(context_length=clip.context_length)
             preprocess = dict(size=clip.visual.image_size, mean=(0.2,) * 3, std=(0.2,) * 3, interpolation="bilinear")

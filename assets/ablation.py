@@ -1,6 +1,7 @@
 """The suite of README.md, from the results of evaluate.py: ablation.json, ablation.png, the table and the verdicts.
 
-python assets/ablation.py runs      # what assets/suite.sh leaves
+python assets/ablation.py runs                     # what assets/suite.sh leaves
+python assets/ablation.py assets/follow-up.json    # records alone: the means of Avg, and claims 1, 2 and 8 on it
 """
 
 import json
@@ -96,8 +97,8 @@ def value(record, metric):
     return record[metric] if metric in record else record["geometry"]["f1_5plane"][metric]
 
 
-def verdicts(table):
-    for number, data, metric, row, other, claim in CLAIMS:
+def verdicts(table, claims=CLAIMS):
+    for number, data, metric, row, other, claim in claims:
         ours, theirs = table[data, row], table[data, other]
         seeds = sorted(set(ours) & set(theirs))
         differences = [value(ours[seed], metric) - value(theirs[seed], metric) for seed in seeds]
@@ -155,6 +156,17 @@ def draw(table, path):
     figure.savefig(path, dpi=110)
 
 
+def follow_up(path):
+    table = {}
+    for record in json.loads(path.read_text()):
+        table.setdefault((record["data"], record["row"]), {})[record["seed"]] = record
+    for (_, row), records in table.items():
+        print(f"{row}: Avg {text(records, 'avg')}")
+    registered = [("selective", "static"), ("selective", "coupled"), ("r-0.4", "selective")]
+    for line in verdicts(table, [c for c in CLAIMS if c[1:3] == ("phantom", "avg") and c[3:5] in registered]):
+        print(*line, sep=" | ")
+
+
 def main(runs):
     records, table = read(runs)
     (HERE / "ablation.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
@@ -178,4 +190,5 @@ def main(runs):
     print(f"{len(records)} runs, {sum(r.get('seconds', 0) for r in records) / 3600:.1f} hours of one thread")
 
 
-main(Path(sys.argv[1]))
+given = Path(sys.argv[1])
+follow_up(given) if given.is_file() else main(given)
