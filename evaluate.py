@@ -1,6 +1,6 @@
 """Measure a CLIP as the paper does: zero-shot plane F1, HC18 validity, linear probe, geometry (Tables 1, 4 and 5).
 
-    python evaluate.py                                                    # out/student.pt on the phantom benchmark
+    python evaluate.py                                          # out/student.pt on phantom/FETAL_PLANES_DB and HC18
     python evaluate.py out/student.pt --planes FETAL_PLANES_DB --hc18 HC18 --plots
     python evaluate.py runs/*/student.pt                                  # with mean and sd over the seeds
     python evaluate.py --model ViT-L-14 --weights FetalCLIP_weights.pt --context-length 117 --planes ... --hc18 ...
@@ -19,9 +19,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -45,14 +43,14 @@ class Options:
     checkpoints: tuple[str, ...] = field(default=(), metadata={"positional": "*"})  # of dark.py; none: out/student.pt
     planes: str = ""  # folder of FETAL_PLANES_DB in its published layout
     hc18: str = ""  # folder of HC18 in its published layout
-    split: Literal["all", "test"] = "all"  # rows of --planes: all, or `Train ` = 0 only
+    split: str = "all"  # rows of --planes: all, or `Train ` = 0 only
     prompts: tuple[str, ...] = ()  # JSON files of class -> [prompts], merged; without `ga` in them ours remain
     model: str = ""  # any open_clip model, hf-hub:... too
     weights: str = ""  # PATH or open_clip TAG, of --model
     context_length: int = 0  # tokens, of --model and of a --teacher by name; 0: their own
     mean: str = ""  # R,G,B of --model; empty: what open_clip lists
     std: str = ""  # R,G,B of --model; empty: what open_clip lists
-    interpolation: Literal["", "bicubic", "bilinear"] = ""  # of --model; empty: what open_clip lists
+    interpolation: str = ""  # of --model; empty: what open_clip lists
     teacher: str = ""  # checkpoint or model, for retention (--probe, --chd) and rank correlation (--geometry)
     teacher_weights: str = ""  # PATH or open_clip TAG, of a --teacher by name
     spacing_size: int = 0  # pixels: texts state mm per pixel at this size; 0: the model's input, for --write-pairs 256
@@ -77,7 +75,8 @@ PHRASINGS = (
 )
 PLANE_WORDS = {part: f"fetal {part}" for part in ("abdomen", "brain", "femur", "heart", "kidney", "spine")}
 PLANE_WORDS |= dict(cervix="maternal cervix", lips_nose="fetal lips and nose", profile_patient="fetal facial profile")
-BRAIN_WORDS = {plane: dark.VIEWS[plane] for plane in dark.BRAIN_PLANES}
+BRAIN_PLANES = ("trans-thalamic", "trans-cerebellum", "trans-ventricular")
+BRAIN_WORDS = {plane: f"fetal brain, {plane} plane" for plane in BRAIN_PLANES}
 PROMPTS = {
     "planes": {name: [phrasing.format(words) for phrasing in PHRASINGS] for name, words in PLANE_WORDS.items()},
     "brain": {name: [phrasing.format(words) for phrasing in PHRASINGS] for name, words in BRAIN_WORDS.items()},
@@ -96,7 +95,7 @@ def read_prompts(*paths, needed=()):
     """JSON files of an object class -> [prompts], as FetalCLIP publishes them, merged; `ga` has the age templates."""
     prompts = {}
     for path in paths:
-        with dark.words(path):
+        with dark.user_error(path):
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = list(found.values()) if isinstance(found, dict) else []
         if not lists or not all(isinstance(v, list) and v and all(isinstance(p, str) and p for p in v) for v in lists):
@@ -111,12 +110,36 @@ def read_prompts(*paths, needed=()):
     return prompts
 
 
+# ---------------------------------------------------------------- captions and growth
+
+CAPTIONS = ("Ultrasound of the {view}", "Prenatal ultrasound image showing the {view}", "{view} on ultrasound")
+DETAILS = (
+    "{caption}, {weeks} weeks and {day} days, {spacing:.2f} mm per pixel.",
+    "{caption} at {weeks} weeks and {day} days with a pixel spacing of {spacing:.2f} mm.",
+    "{weeks} weeks and {day} days, {spacing:.2f} mm per pixel: {caption}.",
+)
+GA_DAYS = np.arange(14 * 7, 38 * 7 + 6 + 1)  # 14w0d to 38w6d
+WHO_HC50 = (2.09924879247164, 0.253373656106037, -0.00605647816678282, 0.0000514256072059917)
+
+
+def who_hc(days, curve=WHO_HC50):
+    """Head circumference in mm at a gestational age in days: the WHO growth chart, 50th percentile by default."""
+    return np.exp(np.polyval(curve[::-1], np.asarray(days) / 7))
+
+
+def caption(index, view, days=None, spacing=None):
+    """A sentence on `view`, with age (days) and spacing (mm per pixel) where known; the phrasing follows `index`."""
+    text = CAPTIONS[index % 3].format(view=view)
+    if days is None:
+        return text + "."
+    return DETAILS[index // 3 % 3].format(caption=text, weeks=days // 7, day=days % 7, spacing=spacing)
+
+
 # ---------------------------------------------------------------- data sets
 
 SCORES = {"planes": "f1_5plane", "brain": "f1_3brain"}  # field of a row that has its class, and of PROMPTS -> result
 PLANES = {f"Fetal {part}": part for part in ("abdomen", "brain", "femur")}  # FETAL_PLANES_DB's `Plane` -> class
 PLANES |= {"Fetal thorax": "heart", "Maternal cervix": "cervix", "Other": "other"}
-BENCHMARK_SEED, BENCHMARK_SIZE, BENCHMARK_HEADS = 2**40 + 1, 700, 100  # --seed is below 2**32: never trained on
 
 
 def planes_table(folder):
@@ -140,27 +163,15 @@ def hc18_table(folder):
     path = Path(folder) / "training_set_pixel_size_and_HC.csv"
     for row in dark.read_table(path, columns):
         image = Path(folder) / "training_set" / row["filename"]
-        with dark.words(f"{path}: {row['filename']}", errors=ValueError):
+        with dark.user_error(f"{path}: {row['filename']}", ValueError):
             pixel_mm, hc_mm = (float(row[column]) for column in columns[1:])
             if not (0 < pixel_mm < math.inf and 0 < hc_mm < math.inf):
                 raise ValueError(f"{pixel_mm} mm per pixel, {hc_mm} mm around: both must be finite and above 0")
-        with dark.words(image, errors=dark.UNDECODABLE), Image.open(image) as opened:
+        with dark.user_error(image), Image.open(image) as opened:
             rows.append(dict(image=image, side_mm=max(opened.size) * pixel_mm, hc_mm=hc_mm))
     if not any(100 <= row["hc_mm"] <= 342 for row in rows):
         fail(f"{path}: none of its {len(rows)} rows has a head circumference within 100 to 342 mm")
     return rows
-
-
-def phantom_tables():
-    """The phantom benchmark in the form of the two data sets; its images are numbers."""
-    planes, heads = [], []
-    for i in range(BENCHMARK_SIZE):
-        image, label = dark.phantom(BENCHMARK_SEED, i)
-        plane, brain = (label["view"], "") if label["view"] in PLANE_WORDS else ("brain", label["view"])
-        planes.append(dict(image=i, patient=str(i // 2), train=i % 4 > 1, planes=plane, brain=brain))
-        if brain and len(heads) < BENCHMARK_HEADS:
-            heads.append(dict(image=i, side_mm=max(image.size) * label["pixel_mm"], hc_mm=label["hc_mm"]))
-    return planes, heads
 
 
 def chd_table(folder):
@@ -181,7 +192,7 @@ def chd_table(folder):
 def age_of(hc_mm):
     """The age in days, 10 to 42 weeks, whose median head circumference is nearest to hc_mm."""
     ages = np.arange(10 * 7, 42 * 7)
-    return int(ages[np.abs(dark.who_hc(ages) - hc_mm).argmin()])
+    return int(ages[np.abs(who_hc(ages) - hc_mm).argmin()])
 
 
 def write_pairs(path, planes, heads, size):
@@ -189,9 +200,9 @@ def write_pairs(path, planes, heads, size):
     home, table = os.path.dirname(os.path.abspath(path)), io.StringIO(newline="")
     trained = [row for row in planes if row["train"]]
     views = [BRAIN_WORDS.get(row["brain"]) or PLANE_WORDS.get(row["planes"], "fetus, another view") for row in trained]
-    texts = [dark.caption(i, view) for i, view in enumerate(views)]
+    texts = [caption(i, view) for i, view in enumerate(views)]
     for i, row in enumerate(heads):
-        texts.append(dark.caption(i, "fetal brain", age_of(row["hc_mm"]), row["side_mm"] / size))
+        texts.append(caption(i, "fetal brain", age_of(row["hc_mm"]), row["side_mm"] / size))
     if not texts or Path(path).suffix != ".csv":
         fail(f"--write-pairs {path}: needs a name in .csv, and --hc18 DIR or --planes DIR with rows of `Train ` = 1")
     csv.writer(table).writerow(("image", "caption"))
@@ -230,11 +241,11 @@ def validity(similarity, hc_mm):
     are the (n,) masks behind the numbers.
     """
     similarity, hc_mm = torch.as_tensor(similarity), torch.as_tensor(hc_mm, dtype=torch.float64)
-    if similarity.shape != (len(hc_mm), len(dark.GA_DAYS)):
-        raise ValueError(f"validity: similarity is {tuple(similarity.shape)}, not ({len(hc_mm)}, {len(dark.GA_DAYS)})")
+    if similarity.shape != (len(hc_mm), len(GA_DAYS)):
+        raise ValueError(f"validity: similarity is {tuple(similarity.shape)}, not ({len(hc_mm)}, {len(GA_DAYS)})")
     top = similarity.argsort(dim=1, descending=True, stable=True)[:, :15]  # (n, 15), ties to the younger age
-    days = top.sort(dim=1).values[:, 7] + int(dark.GA_DAYS[0])
-    low, high = (torch.from_numpy(dark.who_hc(days.cpu().numpy(), curve)) for curve in (WHO_HC_2_5, WHO_HC_97_5))
+    days = top.sort(dim=1).values[:, 7] + int(GA_DAYS[0])
+    low, high = (torch.from_numpy(who_hc(days.cpu().numpy(), curve)) for curve in (WHO_HC_2_5, WHO_HC_97_5))
     counted = (hc_mm >= 100) & (hc_mm <= 342)
     inside = (low <= hc_mm) & (hc_mm <= high)
     n, valid = int(counted.sum()), int((counted & inside).sum())
@@ -292,20 +303,20 @@ def unit(embeddings):
 
 @torch.no_grad()
 def embed_images(model, images, args):
-    """Paths, or numbers of the phantom benchmark -> (n, D) unit-norm features on the CPU."""
+    """Paths -> (n, D) unit-norm features on the CPU."""
 
     def read(image):
-        opened = dark.phantom(BENCHMARK_SEED, image)[0] if isinstance(image, int) else Image.open(image)
-        return torch.from_numpy(np.array(dark.square(opened, model.size, model.interpolation).convert("RGB")))
+        return torch.from_numpy(np.array(dark.square(Image.open(image), model.size, model.interpolation)))
 
     device, features = model.clip.logit_scale.device, []
     with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes and resizes without Python's lock
         for start in tqdm(range(0, len(images), args.batch), desc="images", unit="batch", leave=False, disable=None):
             batch, pixels = images[start : start + args.batch], []
             for image, reading in zip(batch, [pool.submit(read, image) for image in batch]):
-                with dark.words(f"{image}: does not decode", errors=dark.UNDECODABLE):
+                with dark.user_error(f"{image}: does not decode"):
                     pixels.append(reading.result())
-            features.append(unit(model.clip.encode_image(model.pixels(torch.stack(pixels).to(device)))).cpu())
+            pixels = torch.stack(pixels).to(device).permute(0, 3, 1, 2) / 255  # (n, 3, S, S)
+            features.append(unit(model.clip.encode_image(model.normalize(pixels))).cpu())
     return torch.cat(features)
 
 
@@ -357,13 +368,13 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
     if images.ndim == 4:
         images = torch.cat([model.encode_image(part.to(device)) for part in images.split(64)])
     images, stated = unit(images).to(device), np.array([f"{float(mm):.2f}" for mm in pixel_mm])
-    similarity = torch.zeros(len(images), len(dark.GA_DAYS))  # rows images, columns days
+    similarity = torch.zeros(len(images), len(GA_DAYS))  # rows images, columns days
     for spacing in tqdm(np.unique(stated), desc="age prompts", unit="spacing", leave=False, disable=None):
         mine = torch.from_numpy(stated == spacing)
         for template in templates:
             template = template.replace("{pixel_spacing}", spacing)
-            weeks = [template.replace("{weeks}", str(days // 7)) for days in dark.GA_DAYS]
-            prompts = [text.replace("{day}", str(days % 7)) for text, days in zip(weeks, dark.GA_DAYS)]
+            weeks = [template.replace("{weeks}", str(days // 7)) for days in GA_DAYS]
+            prompts = [text.replace("{day}", str(days % 7)) for text, days in zip(weeks, GA_DAYS)]
             ages = embed_texts(model, tokenizer, prompts)  # (175, D)
             similarity[mine] += (images[mine.to(device)] @ ages.T).cpu() / len(templates)
     return similarity
@@ -392,7 +403,7 @@ def rehearse(planes, videos, args):
     """All that is measured on labels, with random features: what the rows do not allow is told before the long work."""
     for task in SCORES if planes else ():
         labels = [planes[i][task] for i in zero_shot_rows(planes, task, args.split)]
-        with dark.words(
+        with dark.user_error(
             f"--planes, --probe or --geometry: too few rows for {task} in the split {args.split!r}", errors=ValueError
         ):
             macro_f1(labels, labels)
@@ -401,7 +412,7 @@ def rehearse(planes, videos, args):
             if args.probe:
                 probe(planes, task, torch.randn(len(planes), 2), F1)
     if videos:
-        with dark.words("--chd: too few rows", errors=ValueError):
+        with dark.user_error("--chd: too few rows", ValueError):
             probe(videos, "label", torch.randn(len(videos), 2), AUROC)
 
 
@@ -461,8 +472,8 @@ def draw_model(path, name, drawings):
     for panel, axis in zip(panels, figure.subplots(rows, columns, squeeze=False).flat):
         if panel == "heads":
             score, hc_mm = drawings["heads"]
-            low, high = (dark.who_hc(dark.GA_DAYS, curve) for curve in (WHO_HC_2_5, WHO_HC_97_5))
-            axis.fill_between(dark.GA_DAYS / 7, low, high, color="tab:green", alpha=0.2, label="WHO 2.5 to 97.5 %")
+            low, high = (who_hc(GA_DAYS, curve) for curve in (WHO_HC_2_5, WHO_HC_97_5))
+            axis.fill_between(GA_DAYS / 7, low, high, color="tab:green", alpha=0.2, label="WHO 2.5 to 97.5 %")
             for label, inside in (("valid", score["inside"]), ("not valid", ~score["inside"])):
                 mask = inside & score["counted"]
                 axis.scatter(score["days"][mask] / 7, hc_mm[mask], s=10, label=f"{int(mask.sum())} {label}")
@@ -498,7 +509,9 @@ def draw_epochs(path, records):
 
 
 def save_figure(figure, path):
-    dark.write_atomically(path, partial(figure.savefig, dpi=120, format="png"))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    dark.write_atomically(path, buffer.getvalue())
     print(f"wrote {path}")
 
 
@@ -572,7 +585,11 @@ def report(records):
 
 
 def parse_args(argv=None):
-    args = Options(**dark.given(Options, argv, __doc__))
+    args = Options(**dark.given(Options, argv, __doc__.splitlines()[0]))
+    if args.split not in ("all", "test") or args.interpolation not in ("", "bicubic", "bilinear"):
+        fail("--split is all or test, --interpolation bicubic or bilinear")
+    if not (args.planes or args.hc18 or args.chd or args.write_pairs):
+        args.planes, args.hc18 = str(dark.PHANTOM / "FETAL_PLANES_DB"), str(dark.PHANTOM / "HC18")
     if args.batch < 1 or args.context_length < 0 or args.spacing_size < 0 or args.workers < -1:
         fail("--batch must be at least 1, --context-length and --spacing-size at least 0, --workers at least -1")
     if not args.model and (args.weights or args.mean or args.std or args.interpolation):
@@ -592,7 +609,7 @@ def results_path(args):
     """Where the results will go. Whether that can be written is found before the work, not after it."""
     first = args.checkpoints[0] if args.checkpoints else args.weights
     path = Path(args.out or (Path(first).with_name("results.json") if Path(first).is_file() else "results.json"))
-    with dark.words(f"--out {path}", errors=OSError):
+    with dark.user_error(f"--out {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     if path.is_dir():
@@ -604,7 +621,7 @@ def set_preprocessing(model, mean="", std="", interpolation=""):
     """Puts --mean, --std and --interpolation, where they are given, in place of what open_clip lists."""
     for name, text in (("mean", mean), ("std", std)):
         if text:
-            with dark.words(f"--{name} {text}", errors=ValueError):
+            with dark.user_error(f"--{name} {text}", ValueError):
                 values = tuple(map(float, text.split(",")))
             if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
                 fail(f"--{name} {text}: needs three finite numbers, such as 0.485,0.456,0.406; for --std above 0")
@@ -633,11 +650,11 @@ def open_models(args):
     if Path(args.teacher).is_file():
         teacher, *_ = open_checkpoint(args.teacher)
     elif args.teacher:
-        teacher = dark.open_model(args.teacher, args.teacher_weights, args.context_length, "--teacher-weights").eval()
+        teacher = dark.open_model(args.teacher, args.teacher_weights, args.context_length).eval()
     return models, teacher
 
 
-@dark.words(errors=(*dark.MAIN_ERRORS, FloatingPointError))
+@dark.script()
 def main(argv=None):
     # Of few rows, and of one age predicted for all: what matters of it is said in a line of ours.
     warnings.filterwarnings("ignore", module="sklearn")
@@ -648,10 +665,6 @@ def main(argv=None):
     videos = chd_table(args.chd) if args.chd else []
     if args.write_pairs:
         return write_pairs(args.write_pairs, planes, heads, args.spacing_size or 256)
-    benchmark = "public" if planes or heads or videos else "phantom"
-    if benchmark == "phantom":
-        planes, heads = phantom_tables()
-        print(f"No --planes or --hc18: the phantom benchmark, {len(planes)} synthetic images that no run trains on.")
     rehearse(planes, videos, args)
     if not args.probe:
         planes = [row for row in planes if row["planes"] in PROMPTS["planes"]]
@@ -669,12 +682,12 @@ def main(argv=None):
     teacher_logits = drawings["f1_5plane"][1] if planes and teacher else None
     records, figures = [], []
     for model, facts, _ in models:
-        with dark.words(model.name, errors=FloatingPointError):
+        with dark.user_error(model.name, FloatingPointError):
             result, drawings = measure(model, planes, heads, videos, prompts, args, teacher_logits)
         for key in ("probe_planes", "probe_brain", "chd_auroc"):
             if key in result and of_teacher.get(key):
                 result[f"{key}_retention_percent"] = 100 * result[key] / of_teacher[key]
-        records.append({"name": model.name, **facts, **result, "split": args.split, "benchmark": benchmark})
+        records.append({"name": model.name, **facts, **result, "split": args.split})
         figures.append(drawings if args.plots else {})
     records = json.loads(json.dumps(records), parse_constant=lambda nan: None)  # JSON has no NaN: undefined is null
     runs = [run for *_, run in models]

@@ -23,39 +23,35 @@ import timeit
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import dark
 import evaluate
 from dark import fail
 
 # coremltools warns of untested versions and, on Linux, of the missing Core ML framework; torch.export logs whole graphs.
-for library in ("coremltools", "torch"):
-    logging.getLogger(library).setLevel(logging.ERROR)
+logging.disable(logging.WARNING)
 import coremltools as ct
 from coremltools.models.compute_device import MLNeuralEngineComputeDevice
-from coremltools.models.compute_plan import MLComputePlan
 from coremltools.models.ml_program.experimental import perf_utils, remote_device
 
-CHECKPOINT, PAPER, RANDOM = "out/student.pt", "MobileCLIP2-S0", "Random weights, for timing only"
 WARM_UP = 10  # runs before the timed ones
-CPU = "sysctl -n machdep.cpu.brand_string || grep -m 1 'model name' /proc/cpuinfo | cut -d : -f 2"  # macOS || Linux
-CONVOLUTION, ATTENTION = torch.ops.aten.convolution, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-PHONE_ERRORS = (ValueError, RuntimeError, remote_device._DeviceCtlError, remote_device._AppBuilder.Error)
+CPU_NAME = "sysctl -n machdep.cpu.brand_string || grep -m 1 'model name' /proc/cpuinfo | cut -d : -f 2"  # macOS, Linux
 
 
 @dataclass
 class Options:
     """Every setting; `python export.py --help` is made from these lines."""
 
-    checkpoint: str = field(default="", metadata={"positional": "?"})  # empty: out/student.pt, else random weights
+    checkpoint: tuple[str, ...] = field(default=(), metadata={"positional": "*"})  # of dark.py; none: out/student.pt
     out: str = ""  # package to write; empty: out/MobileFetalCLIP.mlpackage, and with --model out/NAME.mlpackage
     precision: Literal["fp16", "fp32"] = "fp16"  # of weights and activations
     labels: str = ""  # planes | brain | FILE (JSON class -> [prompts]): adds probabilities
@@ -72,43 +68,41 @@ class Options:
 
 
 def parse_args(argv=None):
-    """-> Options, the package to write, and its report: export.json beside it; but what --model writes without --out
-    has the model's name, both files, and replaces nothing of the trained model's."""
+    """-> Options, the package to write, and the file for its report."""
     args = Options(**dark.given(Options, argv, __doc__))
-    if args.checkpoint and args.model:
-        fail(f"{args.checkpoint} with --model {args.model}: give a checkpoint or a model, not both")
+    if len(args.checkpoint) + bool(args.model) > 1:
+        fail(f"{' '.join(args.checkpoint)} {args.model}: give one checkpoint or one --model")
     if not args.model and (args.weights or args.context_length or args.mean or args.std or args.interpolation):
         fail("--weights, --context-length, --mean, --std, --interpolation belong to --model; a checkpoint has its own")
     if len({args.iphone, bool(args.team), bool(args.bundle)}) > 1:
         fail("--iphone, --team ID (developer.apple.com, Membership) and --bundle ID (org.example.bench) go together")
     if args.runs < 1:
         fail(f"--runs {args.runs}: must be at least 1")
-    name = re.sub(r"[^\w.-]+", "-", args.model) or "MobileFetalCLIP"
-    out = Path(args.out or f"out/{name}.mlpackage")
+    name = re.sub(r"[^\w.-]+", "-", args.model)  # local-dir:/a/b -> local-dir-a-b
+    out = Path(args.out or f"out/{name or 'MobileFetalCLIP'}.mlpackage")
     if out.suffix != ".mlpackage" or (out.exists() and not (out / "Manifest.json").is_file()):
         fail(f"--out {out}: must end in .mlpackage, and only a Core ML package is replaced; choose another path")
-    with dark.words(f"--out {out}: cannot be written"):  # below the first folder that exists the others are made
-        tempfile.TemporaryFile(dir=next(path for path in out.absolute().parents if path.exists())).close()
+    with dark.user_error(f"--out {out}: cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    # What --model writes by default replaces nothing of the trained model's.
     return args, out, out.with_suffix(".json") if args.model and not args.out else out.with_name("export.json")
 
 
 def open_subject(args):
     """-> dark.Model in eval mode, and what the package's metadata shall tell of its weights."""
-    if not args.model and (args.checkpoint or Path(CHECKPOINT).exists()):
-        path = args.checkpoint or CHECKPOINT
+    if args.model:
+        torch.manual_seed(0)
+        model, path = dark.open_model(args.model, args.weights, args.context_length), args.weights
+        evaluate.set_preprocessing(model, args.mean, args.std, args.interpolation)
+        about = {"source": path or (args.model if ":" in args.model else "Random weights, for timing only")}
+    else:
+        (path,) = args.checkpoint or ("out/student.pt",)
         checkpoint = dark.load_checkpoint(path)
         model, cfg = dark.model_from_checkpoint(checkpoint), checkpoint["config"]
         about = {"source": path, "epoch": f"{checkpoint['epoch']:g}", "beta0": str(cfg["beta0"]), "r": str(cfg["r"])}
-    else:
-        torch.manual_seed(0)
-        name, path = args.model or PAPER, args.weights
-        model = dark.open_model(name, path, args.context_length)
-        evaluate.set_preprocessing(model, args.mean, args.std, args.interpolation)
-        about = {"source": path or (name if ":" in name else RANDOM)}  # hf-hub:... brings its weights
     if Path(path).is_file():
         about["checkpoint_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    epoch = f", epoch {about['epoch']}" if "epoch" in about else ""
-    print(f"{about['source']}: {model.name}, {model.size} x {model.size}{epoch}")
+    print(f"{about['source']}: {model.name}, {model.size} x {model.size}")
     return model.eval(), about
 
 
@@ -133,61 +127,38 @@ class Phone(torch.nn.Module):
         return embedding, F.linear(embedding, self.classes).softmax(-1)  # (1, D) x (D, C)
 
 
-def probe_images(size):
-    """(4, 3, S, S) pixels in 0..1 of 8 bits: coloured blobs, coarse to fine, so that no two look alike to any tower."""
-    draw = torch.Generator().manual_seed(0)
-    blobs = [F.interpolate(torch.rand(1, 3, n, n, generator=draw), size=(size, size)) for n in (2, 4, 8, 32)]
-    return (torch.cat(blobs) * 255).round() / 255
-
-
 def fuse(tower, images):
     """Merges training-time branches and their batch norms into single convolutions, and checks that nothing changes.
-
     In fp64 a right merge changes 1e-11 of the distance between two images or less, a wrong one 1e-2, also in a fresh
     FastViT, which answers nearly the same to every image: there fp32 could not tell them apart. -> the fused copy and
-    the largest change of an embedding, or the tower itself and None where there is nothing to fuse, as in a ViT.
-    """
-    if not tower(images)[0].isfinite().all():
-        fail("an image's embedding is not finite: these weights are of no use")
+    the largest change of an embedding, or the tower itself and None where there is nothing to fuse, as in a ViT."""
     if timm.utils.reparameterize_model(tower).state_dict().keys() == tower.state_dict().keys():
-        print("fused: nothing to fuse in this tower")
         return tower, None
     fused, images = timm.utils.reparameterize_model(tower.double()), images.double()
     before, after = tower(images)[0], fused(images)[0]  # (n, D), unit norm
     tower.float()  # to the bit as it was
     change, apart = (before - after).norm(dim=1).max().item(), torch.pdist(before).min().item()
-    print(f"fused: {len(images)} embeddings, at least {apart:.2g} apart, change by at most {change:.1e}")
     if not change < 1e-9 * apart:
         fail(f"fusing changes an embedding by {change:.1e}, or all images look alike to the model ({apart:.1e} apart)")
     return fused.float(), change
 
 
-# ---------------------------------------------------------------- the package
-
-
-def convert(tower, name, size, precision, image_input=True):
-    """Phone -> Core ML model, not loaded. image_input=False: `image` is a (1, 3, S, S) array in 0..1 instead."""
-    shape = (1, 3, size, size)
-    # One scale for all channels is all that ImageType does in an mlprogram; mean and std are in the graph.
-    image = ct.ImageType(name="image", shape=shape, scale=1 / 255, color_layout=ct.colorlayout.RGB)
-    array = ct.TensorType(name="image", shape=shape, dtype=np.float32)
+def convert(tower, name, image, precision):
+    """Phone -> Core ML model, not loaded. image: type of the input `image`, a picture or a (1, 3, S, S) array in 0..1."""
     names = ("embedding",) if tower.classes is None else ("embedding", "probabilities")
     outputs = [ct.TensorType(name=output, dtype=np.float32) for output in names]
-    how = {"minimum_deployment_target": ct.target.iOS17, "skip_model_load": True}
-    words = dark.words(f"{name}: its image tower cannot be converted to Core ML")
-    with words, contextlib.redirect_stderr(io.StringIO()):  # progress bars, which have no switch
-        program = torch.export.export(tower, (torch.zeros(shape),)).run_decompositions({})
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
-            node.replace_all_uses_with(node.args[0])  # an identity that coremltools 9.0 does not know
-            program.graph.erase_node(node)
+    with dark.user_error(f"{name}: cannot be converted to Core ML"), contextlib.redirect_stderr(io.StringIO()):  # bars
+        identity = {torch.ops.aten.alias.default: lambda x: x}  # which coremltools 9.0 does not know
+        program = torch.export.export(tower, (torch.zeros(image.shape.shape),)).run_decompositions(identity)
         # In fp16 the norm of an embedding was 4e-4 off 1, and logits near 100 step by 0.06. So the head, which is
         # what Phone.forward does after the tower, stays in fp32: a few thousand operations.
         nodes = list(program.graph.nodes)
         last = max(i for i, node in enumerate(nodes) if len(node.meta.get("nn_module_stack", ())) > 1)
         head = {node.name for node in nodes[last + 1 :]}
         half = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.name not in head)
-        how["compute_precision"] = half if precision == "fp16" else ct.precision.FLOAT32
-        return ct.convert(program, inputs=[image if image_input else array], outputs=outputs, **how)
+        how = {"compute_precision": half if precision == "fp16" else ct.precision.FLOAT32, "skip_model_load": True}
+        how["minimum_deployment_target"] = ct.target.iOS17
+        return ct.convert(program, inputs=[image], outputs=outputs, **how)
 
 
 def save(package, out, model, prompts, about):
@@ -205,8 +176,6 @@ def save(package, out, model, prompts, about):
         package.output_description["probabilities"] = f"softmax over {', '.join(prompts)} (`labels` in the metadata)"
         facts |= {"labels": json.dumps(list(prompts)), "prompts": json.dumps(prompts)}
     package.user_defined_metadata.update(facts)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
         new = Path(folder) / out.name
         package.save(str(new))
@@ -217,41 +186,26 @@ def save(package, out, model, prompts, about):
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 
-# ---------------------------------------------------------------- cost and latency
-
-
-def count_macs(tower, size):
-    """Multiply-accumulates of one image in units of 1e9, by kind."""
-    # Two would count as nothing: nn.MultiheadAttention's fast path, one opaque operation, and the fused attention of a
-    # CPU, for which torch 2.6 has no formula.
-    slow = mock.patch.object(torch.backends.mha, "get_fastpath_enabled", return_value=False)
-    formula = {ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with slow, FlopCounterMode(display=False, custom_mapping=formula) as counter:
-        tower(torch.zeros(1, 3, size, size))
+def count_macs(tower, image):
+    """Multiply-accumulates of one image (1, 3, S, S) in units of 1e9, by kind."""
+    # nn.MultiheadAttention's fast path and the fused attention of a CPU have no formula: they would count as nothing.
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tower(image)
+    torch.backends.mha.set_fastpath_enabled(True)
     flops = dict(counter.get_flop_counts()["Global"])
-    convolutions, attention = flops.pop(CONVOLUTION, 0), flops.pop(ATTENTION, 0)
+    convolutions, attention = (flops.pop(kind, 0) for kind in (torch.ops.aten.convolution, torch.ops.aten.bmm))
     kinds = {"convolutions": convolutions, "attention": attention, "matrix products": sum(flops.values())}
     return {kind: count / 2e9 for kind, count in kinds.items()}  # a multiply-accumulate is two operations
 
 
 def latency_row(runtime, units, precision, milliseconds, phone=None):
     """A row of the latency table, of the phone or of this machine."""
-    cpu = subprocess.run(CPU, shell=True, capture_output=True, text=True).stdout.strip() or platform.machine()
+    cpu = subprocess.run(CPU_NAME, shell=True, capture_output=True, text=True).stdout.strip() or platform.machine()
     device, system = (phone.name, f"iOS {phone.os_version}") if phone else (cpu, platform.platform(terse=True))
     median, p90 = np.percentile(milliseconds, (50, 90)).round(3).tolist()
     where = {"runtime": runtime, "device": device, "os": system, "compute_units": units, "precision": precision}
     return where | {"median_ms": median, "p90_ms": p90, "runs": len(milliseconds)}
-
-
-def find_iphone():
-    """-> the connected iPhone; what is missing gets a line that says what to do."""
-    with dark.words("--iphone needs macOS, Xcode started once, devicectl (xcrun --find) on PATH", errors=PHONE_ERRORS):
-        phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
-    ready = [phone for phone in phones if phone.developer_mode_state == "enabled"]
-    if not ready:
-        found = ", ".join(phone.name for phone in phones) or "none"
-        fail(f"--iphone: no iPhone in Developer Mode (connected: {found}); plug it in, unlock it, trust this Mac")
-    return ready[0]
 
 
 async def on_core_ml(package, image, args, expected=None, phone=None):
@@ -264,15 +218,12 @@ async def on_core_ml(package, image, args, expected=None, phone=None):
     for units in ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"):
         model = ct.models.MLModel(package, compute_units=ct.ComputeUnit[units], skip_model_load=bool(phone))
         benchmarker = perf_utils.MLModelBenchmarker(model=model, device=phone)
-        await benchmarker.benchmark_predict(inputs={"image": image}, iterations=WARM_UP)  # its own is one run
-        timed = await benchmarker.benchmark_predict(inputs={"image": image}, iterations=args.runs)
-        rows.append(latency_row("Core ML", units, args.precision, timed.samples, phone))
+        timed = await benchmarker.benchmark_predict(inputs={"image": image}, iterations=WARM_UP + args.runs)
+        rows.append(latency_row("Core ML", units, args.precision, timed.samples[WARM_UP:], phone))
         if not phone:
             rows[-1]["difference"] = float(np.abs(model.predict({"image": image})["embedding"] - expected).max())
-            plan = MLComputePlan.load_from_path(model.get_compiled_model_path(), compute_units=model.compute_unit)
-            operations = plan.model_structure.program.functions["main"].block.operations
-            computed = [operation for operation in operations if "const" not in operation.operator_name]
-            usages = filter(None, map(plan.get_compute_device_usage_for_mlprogram_operation, computed))
+            operations = await benchmarker.benchmark_operation_execution(inputs={"image": image})
+            usages = [o.compute_device_usage for o in operations if o.compute_device_usage and o.spec.type != "const"]
             engine = [isinstance(usage.preferred_compute_device, MLNeuralEngineComputeDevice) for usage in usages]
             rows[-1]["neural_engine_share"] = sum(engine) / max(len(engine), 1)
     if phone:
@@ -281,41 +232,50 @@ async def on_core_ml(package, image, args, expected=None, phone=None):
 
 
 def report(result, path):
-    """Prints the result, the latencies as a table, and writes it as JSON."""
+    """Writes the result as JSON, then prints it, the latencies as a table."""
+    dark.write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
     rows, show = result["latency"], lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     for key, value in result.items():
         print(f"{key:24}{show(value)}" if key != "latency" else "")
     columns = list(dict.fromkeys(key for row in rows for key in row))  # a Mac's rows have more
     print(evaluate.aligned([columns, *[[show(row.get(key, "")) for key in columns] for row in rows]], left=5))
-    dark.write_atomically(path, json.dumps(result, indent=2).encode() + b"\n")
     print(f"wrote {path}")
 
 
 @torch.no_grad()
-@dark.words(errors=dark.MAIN_ERRORS)
+@dark.script()
 def main(argv=None):
     args, out, report_path = parse_args(argv)
-    phone = find_iphone() if args.iphone else None
-    prompts = evaluate.PROMPTS[args.labels] if args.labels in ("planes", "brain") else {}
-    if args.labels and not prompts:
-        found = evaluate.read_prompts(args.labels).items()  # and, it may be, age templates
-        prompts = {c: texts for c, texts in found if c != "ga"} or fail(f"--labels {args.labels}: has no class")
+    prompts = {}
+    if args.labels:
+        ours = args.labels in ("planes", "brain")
+        found = evaluate.PROMPTS[args.labels] if ours else evaluate.read_prompts(args.labels)
+        prompts = {name: texts for name, texts in found.items() if name != "ga"}  # age templates are no class
+        prompts or fail(f"--labels {args.labels}: has no class")
+    if args.iphone:
+        with dark.user_error("--iphone: needs macOS, Xcode started once, devicectl (xcrun --find) on PATH"):
+            phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
+        phones or fail("--iphone: none is connected; plug it in, unlock it, let it trust this Mac")
     start = timeit.default_timer()
     torch.set_num_threads(1)  # other work on the machine disturbs one thread least, so the latencies repeat
     model, about = open_subject(args)
-    images = probe_images(model.size)
+    shape, draw = (1, 3, model.size, model.size), torch.Generator().manual_seed(0)
+    blobs = F.interpolate(torch.rand(4, 3, 8, 8, generator=draw), shape[2:])  # no two look alike to any tower
+    images = (blobs * 255).round() / 255  # (4, 3, S, S)
+    if not Phone(model, None)(images)[0].isfinite().all():
+        fail(f"{about['source']}: an image's embedding is not finite: these weights are of no use")
     classes = model.clip.logit_scale.exp() * evaluate.class_embeddings(model, prompts) if prompts else None  # (C, D)
     trained = Phone(model, classes)
     fused, change = fuse(trained, images)
-    package = convert(fused, model.name, model.size, args.precision)
+    # One scale for all channels is all that ImageType does in an mlprogram; mean and std are in the graph.
+    picture = ct.ImageType(name="image", shape=shape, scale=1 / 255, color_layout=ct.colorlayout.RGB)
+    package = convert(fused, model.name, picture, args.precision)
     size, seconds = save(package, out, model, prompts, about), timeit.default_timer() - start
-    macs = count_macs(fused, model.size)
-
+    image = images[3:].to(memory_format=torch.channels_last)  # in which the fused tower is fastest
+    macs, latency = count_macs(fused, image), []
     towers = {"PyTorch": fused} if change is None else {"PyTorch unfused": trained, "PyTorch fused": fused}
-    latency, image = [], images[3:].to(memory_format=torch.channels_last)
-    for runtime, tower in towers.items():
-        print(f"timing {args.runs} runs on one thread: {runtime}")
-        tower.to(memory_format=torch.channels_last)  # in which the fused tower is fastest
+    for runtime, tower in tqdm(towers.items(), f"timing {args.runs} runs", leave=False, disable=None):
+        tower.to(memory_format=torch.channels_last)
         timed = timeit.repeat(lambda: tower(image), number=1, repeat=WARM_UP + args.runs)[WARM_UP:]
         latency.append(latency_row(runtime, "CPU, 1 thread", "fp32", [1e3 * s for s in timed]))
     ratio = None if change is None else latency[1]["median_ms"] / latency[0]["median_ms"]
@@ -328,10 +288,10 @@ def main(argv=None):
     result |= {"visual_params": after, "visual_params_unfused": before, "fuse_difference": change}
     result |= {"gmacs": sum(macs.values()), "gmacs_by_kind": macs, "fused_over_unfused": ratio, "latency": latency}
     report(result, report_path)
-    if phone:  # coremltools 9.0 cannot send it an image: what is timed is a twin of the package that takes an array
-        twin = convert(fused, model.name, model.size, args.precision, image_input=False)
-        with dark.words("--iphone: unlock the phone, check --team and --bundle in Xcode", errors=PHONE_ERRORS):
-            latency += asyncio.run(on_core_ml(twin.package_path, images[3:].numpy(), args, phone=phone))
+    if args.iphone:  # coremltools 9.0 cannot send it an image: timed is a twin of the package that takes an array
+        twin = convert(fused, model.name, ct.TensorType(name="image", shape=shape, dtype=np.float32), args.precision)
+        with dark.user_error("--iphone: unlock the phone, in Developer Mode; check --team and --bundle in Xcode"):
+            latency += asyncio.run(on_core_ml(twin.package_path, image.numpy(), args, phone=phones[0]))
         report(result, report_path)
 
 
