@@ -51,9 +51,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-torchrun = lambda name, alone: int(os.environ.get(name) or alone)
-RANK, LOCAL_RANK, WORLD = torchrun("RANK", 0), torchrun("LOCAL_RANK", 0), torchrun("WORLD_SIZE", 1)
-WORKERS = max(1, min(8, (os.cpu_count() or 2) // torchrun("LOCAL_WORLD_SIZE", 1) - 1))  # loader processes, by default
+env = lambda name, alone: int(os.environ.get(name) or alone)  # of torchrun
+RANK, LOCAL_RANK, WORLD = env("RANK", 0), env("LOCAL_RANK", 0), env("WORLD_SIZE", 1)
+WORKERS = max(1, min(8, (os.cpu_count() or 2) // env("LOCAL_WORLD_SIZE", 1) - 1))  # loader processes, by default
 
 # ---------------------------------------------------------------- configuration
 
@@ -109,7 +109,7 @@ ABLATIONS = {
     "r-0.4": dict(beta0=2.0, r=-0.4),
 }
 
-# Without --data. This teacher's logit scale is near 20, which is what the paper's has once it is softened: hence tau 1.
+# Without --data. This teacher's logit scale is near 20, the paper's softened one too (100 / tau 5): hence tau 1.
 PHANTOM, TEACHER = HERE / "phantom", "assets/teacher.pt"  # drawn by assets/phantom.py; trained by this script
 DEMONSTRATION = dict(student="demo-fastvit", teacher="demo-teacher", teacher_weights=TEACHER)
 DEMONSTRATION |= dict(epochs=7, batch=64, lr=2e-3, warmup=100, tau=1.0)
@@ -149,7 +149,7 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
         image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
         # The plain form, of the rows (of the columns with the transposes; the two are averaged):
         #     Eq. 3: H(p, q) = -(p * log_softmax(S, 1)).sum(1).mean(); Eq. 6: diag has its j = i terms, off the others.
-        # As log q_ij = S_ij - lse_i, backward needs one S and the sum of both directions' p: 0.4 of time and memory.
+        # As log q_ij = S_ij - lse_i, backward needs one S and the sum of both directions' p: 40 % of the time and memory.
 
         # Eq. 2: the teacher's targets p, over the texts (rows) and over the images (columns). tau softens only them.
         with torch.no_grad():
@@ -164,7 +164,6 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
             p_cols.fill_diagonal_(0)
             rest_rows, rest_cols = p_rows.sum(1), p_cols.sum(0)  # sum of p_ij over j != i, (N,) each
             p_off = p_rows.add_(p_cols)  # both meet the same logits below; in place, which spares an (N, N)
-
         # -log q = lse - S. Both directions share S: the other one's logits are its transpose.
         logits = (scale * image) @ text.T  # (N, N): rows images, columns texts
         lse_rows, lse_cols = logits.logsumexp(1), logits.logsumexp(0)  # (N,) each
@@ -205,15 +204,15 @@ class Model(nn.Module):
 
     def embed(self, pixels, tokens):
         """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D)."""
-        # Entered for each micro-batch, not around all: backward's second pass is to cast the weights as the first did.
+        # Inside what is checkpointed, so that backward's second pass runs under the same autocast as the first.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
             pixels = self.normalize(pixels.permute(0, 3, 1, 2) / 255)
             return self.clip.encode_image(pixels), self.clip.encode_text(tokens)
 
     def forward(self, pixels, tokens, micro_batch):
-        """As `embed`, and the logit scale. Of more than `micro_batch` pairs only the embeddings are kept: backward
-        computes the activations again, so many pairs at a time. The loss between sees all n, so the gradient is theirs;
-        plain accumulation is another objective: its softmax sees few pairs. Batch norm sees micro-batches, twice."""
+        """As `embed`, and the logit scale. Beyond `micro_batch` pairs activations are dropped: backward computes them
+        again, one micro-batch at a time. The loss sees all n embeddings, so its gradient is the whole batch's, which
+        gradient accumulation would not give. Batch norm sees each micro-batch by itself, and twice."""
         again, embeddings = torch.is_grad_enabled() and micro_batch < len(tokens), []
         for some in zip(pixels.split(micro_batch), tokens.split(micro_batch)):
             embeddings.append(checkpoint(self.embed, *some, use_reentrant=False) if again else self.embed(*some))
@@ -249,7 +248,7 @@ def open_model(name, weights="", context_length=0):
     listed = open_clip.get_pretrained_cfg(name, tag or tags[0]) if tags else {}
     if tag and listed.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         fail(f"{tag}: was trained with QuickGELU, which {name} has not; open it as {name}-quickgelu")
-    with user_error(f"{name} {tag}: cannot be opened"):
+    with user_error(f"{name}{tag and ' ' + tag}: cannot be opened"):
         required = bool(tag) or (schema == "hf-hub" and not weights)  # else a failed download would be random weights
         how = dict(force_context_length=context_length or None, require_pretrained=required)
         clip = open_clip.create_model(name, tag or None, **how)
@@ -267,7 +266,7 @@ def load_weights(clip, path):
     """Loads a file's state dict strictly, after the conversions that bring what is published to open_clip's names:
     wrappers' keys and prefixes, Apple's names of FastViT's layers, custom text towers. -> the preprocessing in it."""
     content = read_weights(path)
-    preprocess = content["preprocess"] if content.get("format") == FORMAT else {}
+    preprocess = content["preprocess"] if str(content.get("format")).startswith("dark-") else {}
     for key in ("state_dict", "model_state_dict", "model", "module"):
         content = content[key] if isinstance(content.get(key), dict) else content
     state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", str(key)): value for key, value in content.items()}
@@ -291,7 +290,7 @@ def read_weights(path):
     with user_error(path, OSError), open(path, "rb") as file:
         head = file.read(64)
     if head.lstrip().startswith((b"<", b"version https://git-lfs")):
-        fail(f"{path}: is a web page or a Git LFS pointer (`git lfs pull` brings the file): {head[:40].decode()!r}")
+        fail(f"{path}: is a web page or a Git LFS pointer (`git lfs pull` brings the file): {head[:40]}")
     if head[8:10] == b'{"':
         with user_error(f"{path}: no safetensors"):
             return safetensors.torch.load_file(path)
@@ -341,8 +340,8 @@ def tokenize(model, captions):
 
 
 def batches(n, batch, epochs, seed, process=0, world=1):
-    """The (epoch, index) items of every step of `epochs`, this process's share of each. An epoch is a permutation that
-    (seed, epoch) decide, its incomplete batch dropped: no pair meets itself, where a negative beta would repel it."""
+    """The (epoch, index) items of every step of `epochs`, this process's share of each. An epoch is a permutation drawn
+    from (seed, epoch) without its incomplete batch: so no batch holds a pair twice, and no match is repelled."""
     for epoch in epochs:
         order = np.random.default_rng([seed, epoch]).permutation(n)[: n // batch * batch]
         for share in order.reshape(-1, world, batch // world)[:, process]:
@@ -429,8 +428,8 @@ def read_table(path, *choices):
     with user_error(f"{path}: no table in UTF-8", (OSError, UnicodeDecodeError)):
         text = Path(path).read_text(encoding="utf-8-sig")
     wrong, quoted = f"none of the columns {' or '.join(map(str, choices))} in its header", csv.QUOTE_MINIMAL
-    # Between tabs a quotation mark may be no more than one: so such a table is also read without quoting.
-    for separator, quoting in (",", quoted), (";", quoted), ("\t", quoted), ("\t", csv.QUOTE_NONE):
+    # Between tabs a quotation mark is most often just that: such a table is read without quoting where it can be.
+    for separator, quoting in (",", quoted), (";", quoted), ("\t", csv.QUOTE_NONE), ("\t", quoted):
         reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
         try:
             header, rows = [name.strip() for name in next(reader, [])], []
@@ -450,9 +449,9 @@ def read_table(path, *choices):
 
 
 def train(cfg, device, student, teacher, data, found):
-    """Trains `student` against the frozen `teacher` (None: with the CLIP loss alone) -> the log. At the end of an epoch
-    it writes the log and a checkpoint, from which (`found`) --resume goes on with as many processes: a kill loses what
-    came after. The last checkpoint is the result, for evaluate.py."""
+    """Trains `student` against the frozen `teacher` (None: with the CLIP loss alone) -> the log. After each epoch
+    rank 0 replaces the log and the checkpoint. A killed run loses the epoch it was in: --resume goes on from that
+    checkpoint, `found`, with the same number of processes. The last one is the result; evaluate.py measures it."""
     n, per_epoch = len(data.pairs), len(data.pairs) // cfg.batch
     total = cfg.epochs * per_epoch  # T of Eq. 5 and 7, optimizer steps
     student.to(device).train()
@@ -501,9 +500,7 @@ def train(cfg, device, student, teacher, data, found):
         with torch.no_grad():  # part of the method, see `dark_loss`; a hair below 100, so that fp32's exp() agrees
             student.clip.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
-        failed = (failed if step % per_epoch else []) + bad[
-            bad >= 0
-        ].tolist()  # the pairs of this epoch that do not decode
+        failed = (failed if step % per_epoch else []) + bad[bad >= 0].tolist()  # pairs of this epoch and process
         done, ends = step + 1, (step + 1) % per_epoch == 0
         if ends or done % cfg.log_every == 0:
             terms = terms if teacher else {"clip": terms["clip"]}
@@ -511,11 +508,12 @@ def train(cfg, device, student, teacher, data, found):
             figures = {name: float(value) for name, value in figures.items()}
             if not all(map(math.isfinite, figures.values())):
                 fail(f"not finite by step {step}: {figures}", 1)
-            repeated = 1 - len(tokens[0].unique(dim=0)) / len(tokens[0])  # false negatives, which are repelled most
-            bad = int(gather(torch.tensor([len(failed)], device=device)).sum())
-            if bad > n // 100:
-                fail(f"{bad} of {n} images do not decode, more than 1 %, such as that of pair {failed[:1]}", 1)
-            log.append(dict(step=step, epoch=step / per_epoch, **figures, repeated=repeated, bad=bad))
+            repeated = 1 - len(gather(tokens[0]).unique(dim=0)) / cfg.batch  # false negatives, which are repelled most
+            n_failed = int(gather(torch.tensor([len(failed)], device=device)).sum())
+            if n_failed > n // 100:
+                some = [data.pairs[index][0] for index in failed[:3]]
+                fail(f"{n_failed} images do not decode, more than 1 % of {n}, such as in {some}", 1)
+            log.append(dict(step=step, epoch=step / per_epoch, **figures, repeated=repeated, bad=n_failed))
             told = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
             bar.set_postfix_str(told)
             if ends or bar.disable:
@@ -591,10 +589,11 @@ def script():
         yield
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
-        for loader in torch.multiprocessing.active_children():
+        loaders = torch.multiprocessing.active_children()
+        for loader in loaders:
             loader.kill()
         sys.stdout.flush()
-        os._exit(130)  # at once: other processes and threads may hang
+        (os._exit if loaders or WORLD > 1 else sys.exit)(130)  # at once: what other processes do may never end
     except (OSError, MemoryError, subprocess.CalledProcessError) as error:
         fail(error, 1)
     except RuntimeError as error:
@@ -625,8 +624,8 @@ def save(cfg, model, pairs, **state):
     )
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(Path(cfg.out, "student.pt"), buffer.getbuffer())
     write_atomically(Path(cfg.out, "log.jsonl"), "".join(json.dumps(x) + "\n" for x in state["log"]).encode())
+    write_atomically(Path(cfg.out, "student.pt"), buffer.getbuffer())  # last: a kill in between repeats the epoch
 
 
 def load_checkpoint(path):
@@ -644,7 +643,7 @@ def model_from_checkpoint(content):
     return model.eval()
 
 
-def enter(cfg, pairs):
+def open_run(cfg, pairs):
     """Holds --out for this process, until the file that it returns is closed, however that happens -> that file; the
     checkpoint that the run goes on with, or None where it begins and may replace what is there."""
     path = Path(cfg.out, "student.pt")
@@ -685,8 +684,8 @@ def given(options, argv, description, other=()):
             more = {"choices": get_args(field.type)}
         if "positional" in field.metadata:
             name, more = field.name, {"nargs": field.metadata["positional"]}
-        values = f"{field.default}" + f"; demonstration: {other.get(field.name)}" * (field.name in other)
-        about = f"{help_of[field.name]} [{values}]".replace("%", "%%")
+        also = f"; demonstration: {other[field.name]}" if field.name in other else ""
+        about = f"{help_of[field.name]} [{field.default}{also}]".replace("%", "%%")
         parser.add_argument(name, default=argparse.SUPPRESS, help=about, **more)
     return vars(parser.parse_args(argv))
 
@@ -699,7 +698,7 @@ def parse_args(argv=None):
     least |= dict(tau=1e-12, lr=1e-12, clip_norm=1e-12)
     for name, value in dataclasses.asdict(cfg).items():
         if isinstance(value, int | float) and not least.get(name, -math.inf) <= value < math.inf:
-            fail(f"--{name.replace('_', '-')} {value}: must be finite and at least {least.get(name, 'a number')}")
+            fail(f"--{name.replace('_', '-')} {value}: must lie between {least.get(name, '-infinity')} and infinity")
     for wrong, message in (
         (cfg.ablation not in ("", *ABLATIONS), f"--ablation {cfg.ablation}: valid are {', '.join(ABLATIONS)}"),
         (not 0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
@@ -734,8 +733,8 @@ def main(argv=None):
     if cfg.warmup >= total:
         most = f"--batch {cfg.batch}: at most {len(pairs)}; --warmup {cfg.warmup}: at most {max(total - 1, 0)}"
         fail(f"{most}, for {len(pairs)} pairs make {total} steps in {cfg.epochs} epochs")
-    lock, found = enter(cfg, len(pairs))
-    torch.manual_seed(cfg.seed)
+    lock, found = open_run(cfg, len(pairs))
+    torch.manual_seed(cfg.seed % 2**63)
     student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
     if cfg.teacher:
         weights = str(HERE / TEACHER) if cfg.teacher_weights == TEACHER else cfg.teacher_weights

@@ -1,7 +1,8 @@
-"""The suite of README.md, from the results of evaluate.py: ablation.json, ablation.png, the table and the verdicts.
+"""The suites of README.md beside this file: tables, figure and verdicts from the results of evaluate.py.
 
-python assets/ablation.py runs                     # what assets/suite.sh leaves
-python assets/ablation.py assets/follow-up.json    # records alone: the means of Avg, and claims 1, 2 and 8 on it
+python assets/suite/ablation.py assets/suite/trained-start.json   # records alone: means, and the registered claims on them
+python assets/suite/ablation.py assets/suite/follow-up.json
+python assets/ablation.py runs      # in the checkout of README.md: what suite.sh leaves -> ablation.json, ablation.png
 """
 
 import json
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 from evaluate import t_interval  # noqa: E402
 
 # Table 3 of the paper: F1-5, F1-3, HC18 %, Avg. `selective --r-is-end` is the schedule of r-0.4, and ends with its bits.
@@ -157,14 +158,23 @@ def draw(table, path):
 
 
 def follow_up(path):
+    """The registered claims of the later suites, on Avg: of each start, and of the trained one against the random one."""
     table = {}
     for record in json.loads(path.read_text()):
-        table.setdefault((record["data"], record["row"]), {})[record["seed"]] = record
-    for (_, row), records in table.items():
-        print(f"{row}: Avg {text(records, 'avg')}")
-    registered = [("selective", "static"), ("selective", "coupled"), ("r-0.4", "selective")]
-    for line in verdicts(table, [c for c in CLAIMS if c[1:3] == ("phantom", "avg") and c[3:5] in registered]):
+        table.setdefault((record.get("start", "random"), record["row"]), {})[record["seed"]] = record
+    for (start, row), records in table.items():
+        print(f"{start} start, {row}: " + ", ".join(f"{metric} {text(records, metric)}" for metric in METRICS))
+    end = "r-0.4" if ("random", "r-0.4") in table else "selective--r-is-end"
+    starts = list(dict.fromkeys(start for start, _ in table))
+    claims = [(1, "selective", "static", "above"), (2, "selective", "coupled", "above"), (8, end, "selective", "below")]
+    for line in verdicts(table, [(n, start, "avg", *rows) for start in starts for n, *rows in claims]):
         print(*line, sep=" | ")
+    if "trained" in starts:  # 14: what repulsion gains over imitation is more where the student begins trained
+        gain = lambda start, seed: table[start, "selective"][seed]["avg"] - table[start, "static"][seed]["avg"]
+        for start in starts:
+            table["gain", start] = {seed: {"avg": gain(start, seed)} for seed in table[start, "static"]}
+        for line in verdicts(table, [(14, "gain", "avg", "trained", "random", "above")]):
+            print(*line, sep=" | ")
 
 
 def main(runs):
