@@ -149,7 +149,7 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
         image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
         # The plain form, of the rows (of the columns with the transposes; the two are averaged):
         #     Eq. 3: H(p, q) = -(p * log_softmax(S, 1)).sum(1).mean(); Eq. 6: diag has its j = i terms, off the others.
-        # As log q_ij = S_ij - lse_i, backward needs one S and the sum of both directions' p: 40 % of the time and memory.
+        # As log q_ij = S_ij - lse_i, backward needs one S and the sum of both directions' p: 40 % of time and memory.
 
         # Eq. 2: the teacher's targets p, over the texts (rows) and over the images (columns). tau softens only them.
         with torch.no_grad():
@@ -224,10 +224,10 @@ class Model(nn.Module):
 def fastvit_demo(num_classes, pretrained_cfg, **_):
     """The demonstration's image tower, fastvit_demo.24 where 24 is the width: FastViT's own blocks, few and thin."""
     dims = [int(pretrained_cfg) * 2**i for i in range(4)]  # timm calls so what follows the dot
-    shape = dict(embed_dims=dims, layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), layer_scale_init_value=0.1)
-    tower = timm.models.FastVit(**shape, num_classes=num_classes)
-    # A CPU takes two thirds of the time in this format (not in the first block: torch 2.15 crashes in its backward).
-    tower.stem[0].register_forward_hook(lambda block, x, y: y.contiguous(memory_format=torch.channels_last))
+    shape = dict(embed_dims=dims, layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), stem_use_scale_branch=False)
+    tower = timm.models.FastVit(**shape, layer_scale_init_value=0.1, num_classes=num_classes)
+    # A CPU takes two thirds of the time in this format (not in the first convolution: torch crashes in its backward).
+    tower.stem[0].act.register_forward_pre_hook(lambda act, x: x[0].contiguous(memory_format=torch.channels_last))
     return tower
 
 
