@@ -112,7 +112,7 @@ ABLATIONS = {
 # Without --data. This teacher's logit scale is near 20, the paper's softened one too (100 / tau 5): hence tau 1.
 PHANTOM, TEACHER = HERE / "phantom", "assets/teacher.pt"  # drawn by assets/phantom.py; trained by this script
 DEMONSTRATION = dict(student="demo-fastvit", teacher="demo-teacher", teacher_weights=TEACHER)
-DEMONSTRATION |= dict(epochs=7, batch=64, lr=2e-3, warmup=100, tau=1.0)
+DEMONSTRATION |= dict(epochs=4, batch=64, lr=3e-3, warmup=150, tau=1.0)
 
 # ---------------------------------------------------------------- schedules and loss
 
