@@ -12,7 +12,7 @@ run() { # START ROW SEED
     [ "$1" = trained ] && more="--student-weights runs/random/no-kd-$3/student.pt --lr $lr"
     [ -e "$out/results.json" ] && return
     began=$(date +%s)
-    python dark.py --ablation $2 --seed "$3" $more --workers 0 --out "$out" --overwrite > "$out.log"
+    python dark.py --ablation $2 --seed "$3" $more --workers 0 --log-every 1000 --out "$out" --overwrite > "$out.log"
     echo $(($(date +%s) - began)) > "$out/seconds"
     python evaluate.py "$out/student.pt" --geometry > /dev/null
 }
