@@ -1,6 +1,6 @@
 """What dark_loss costs beside the form that one would first write: time and memory of one large batch.
 
-python assets/loss_cost.py
+python assets/suite/loss_cost.py
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import dark  # noqa: E402
 
 
