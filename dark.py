@@ -259,7 +259,7 @@ def open_model(name, weights="", context_length=0):
     height, preprocess["size"] = np.broadcast_to(preprocess["size"], 2).tolist()
     if height != preprocess["size"]:
         fail(f"{name}: takes images of {preprocess['size']} x {height} pixels; only square ones are supported")
-    return Model(name, clip, tokenizer, preprocess, weights or (name if schema else "random weights"))
+    return Model(name, clip, tokenizer, preprocess, weights or ("what it brings" if schema else "random weights"))
 
 
 def load_weights(clip, path):
@@ -534,10 +534,11 @@ def make_optimizer(cfg, parameters):
 def draw_curves(log, path):
     """The weight of the off-diagonal and the loss terms, in nats, over epochs."""
     figure, buffer = Figure(figsize=(8, 6), layout="constrained"), io.BytesIO()
-    for axis, names in zip(figure.subplots(2, 1), (["beta"], ["clip", "diag", "off"])):
+    panels = (["beta"], "weight of off"), (["clip", "diag", "off"], "nats")
+    for axis, (names, unit) in zip(figure.subplots(2, 1), panels):
         for name in (name for name in names if name in log[0]):
             axis.plot([record["epoch"] for record in log], [record[name] for record in log], label=name)
-        axis.set(xlabel="epoch")
+        axis.set(xlabel="epoch", ylabel=unit)
         axis.grid()
         axis.legend()
     figure.savefig(buffer, dpi=120)
