@@ -615,13 +615,13 @@ def write_atomically(path, content):
     os.replace(temporary, path)
 
 
-def save(cfg, model, pairs, **state):
+def save(cfg, model, n_pairs, **state):
     """student.pt and log.jsonl. The checkpoint is self-describing: `model_from_checkpoint` needs nothing else. Its
     `state_dict` is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
     content = dict(format=FORMAT, architecture=model.name, context_length=model.tokenizer.context_length, **state)
     content |= dict(preprocess={key: getattr(model, key) for key in PREPROCESS})
     content |= dict(
-        state_dict=model.clip.state_dict(), config=dataclasses.asdict(cfg) | dict(pairs=pairs, processes=WORLD)
+        state_dict=model.clip.state_dict(), config=dataclasses.asdict(cfg) | dict(pairs=n_pairs, processes=WORLD)
     )
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -644,7 +644,7 @@ def model_from_checkpoint(content):
     return model.eval()
 
 
-def open_run(cfg, pairs):
+def open_run(cfg, n_pairs):
     """Holds --out for this process, until the file that it returns is closed, however that happens -> that file; the
     checkpoint that the run goes on with, or None where it begins and may replace what is there."""
     path = Path(cfg.out, "student.pt")
@@ -662,7 +662,7 @@ def open_run(cfg, pairs):
     if not cfg.resume:
         fail(f"--out {cfg.out}: holds a run; --resume goes on with it, --overwrite replaces it")
     found = load_checkpoint(path)
-    old, now = found["config"], dataclasses.asdict(cfg) | dict(pairs=pairs, processes=WORLD)
+    old, now = found["config"], dataclasses.asdict(cfg) | dict(pairs=n_pairs, processes=WORLD)
     told = [f"{k} was {old.get(k)!r}, is {now[k]!r}" for k in now if now[k] != old.get(k) and k not in RUN_FIELDS]
     if told:
         fail(f"--out {cfg.out} holds another run: {', '.join(told)}")

@@ -832,7 +832,7 @@ def test_mistakes_get_one_line_before_the_work(here, monkeypatch, capsys, recwar
 
 
 def checkpoint_of(path, model, **config):
-    state = dict(epoch=3, log=[], pairs=8, projections={}, optimizer={})
+    state = dict(epoch=3, log=[], n_pairs=8, projections={}, optimizer={})
     dark.save(dark.Config(out=str(path.parent), **config), model, **state)
     (path.parent / "student.pt").rename(path)
 
