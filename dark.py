@@ -2,22 +2,24 @@
 
     loss = CLIP + diag + beta(t) * off        beta(t) = beta0 * (1 - t/T * (1 - r))
 
-`diag` and `off` are the matched and the non-matched terms of the teacher-student cross-entropy. The weight of `diag`
-stays 1, that of `off` falls from beta0 > 0 (imitate) through zero to r * beta0 < 0 (repel). arXiv 2603.05421.
+`diag` and `off` are the matched and the non-matched terms of the teacher-student cross-entropy. The weight
+of `diag` stays 1; that of `off` falls from beta0 > 0 (imitate) through zero to r * beta0 < 0 (repel).
+Paper: arXiv 2603.05421.
 
-    python dark.py --beta0 2 --r -0.8                                    # demonstration: nothing is downloaded
+    python dark.py --beta0 2 --r -0.8                                    # demonstration, nothing is downloaded
     python dark.py --data 'shards/{000000..000024}.tar' --context-length 117 --micro-batch 256 \
         --teacher-weights FetalCLIP_weights.pt --student-weights dfndr2b   # the paper's run
-    torchrun --nproc_per_node 4 dark.py ...                              # the same on four GPUs, --batch is global
+    torchrun --nproc_per_node 4 -- dark.py ...                           # the same on four GPUs, --batch is global
+
+The file reads from top to bottom: configuration; schedules and loss; models; data; training; mistakes,
+checkpoints and command line. To see the method alone, read `dark_loss` and `train`.
 """
 
-import argparse
 import csv
 import dataclasses
 import difflib
-import fcntl
 import glob
-import inspect
+import hashlib
 import io
 import json
 import logging
@@ -28,72 +30,41 @@ import signal
 import subprocess
 import sys
 import tarfile
-import warnings
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
+import filelock
 import numpy as np
 import open_clip
 import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # not imported by torch.distributed itself
+import torch.distributed.nn.functional  # torch.distributed does not import it itself
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from braceexpand import braceexpand
 from matplotlib.figure import Figure
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-env = lambda name, alone: int(os.environ.get(name) or alone)  # of torchrun
-RANK, LOCAL_RANK, WORLD = env("RANK", 0), env("LOCAL_RANK", 0), env("WORLD_SIZE", 1)
-WORKERS = max(1, min(8, (os.cpu_count() or 2) // env("LOCAL_WORLD_SIZE", 1) - 1))  # loader processes, by default
+RANK = int(os.environ.get("RANK") or 0)  # this and the next three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+# The cores that this process may use: fewer than the machine has in a container or a Slurm job.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = max(1, min(16, CORES // LOCAL_WORLD - 1))  # processes that read images, by default
 
 # ---------------------------------------------------------------- configuration
 
-
-@dataclasses.dataclass
-class Config:
-    """Every setting; `python dark.py --help` is made from these lines. The defaults are the paper's."""
-
-    beta0: float = 2.0  # beta_0 of Eq. 7: weight of the off-diagonal at step 0
-    r: float = -0.8  # r of Eq. 7: the weight ends at r * beta0
-    r_is_end: bool = False  # --r gives the final weight itself, as in the authors' Figure 2a and configurations
-    diag: float = 1.0  # weight of the diagonal (Eq. 6)
-    coupled: bool = False  # Eq. 4: the diagonal has the weight of the off-diagonal, lambda(t) of Eq. 5
-    tau: float = 5.0  # tau of Eq. 2: temperature of the teacher's softmax, and of the teacher's only
-    smooth: float = 0.0  # epsilon of the confidence-penalty row: share of the target that is spread evenly
-    feature: float = 0.0  # weight of the feature-KD row's mean squared error (the paper: 2000)
-    ablation: str = ""  # a row of Table 3, which sets the flags above; flags given beside it win
-    teacher: str = "ViT-L-14"  # any open_clip name. FetalCLIP is ViT-L-14; OpenAI's own weights, ViT-L-14-quickgelu
-    teacher_weights: str = ""  # PATH (also of a checkpoint of this script) or open_clip TAG
-    student: str = "MobileCLIP2-S0"  # any open_clip name
-    student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
-    context_length: int = 0  # tokens, both towers and tokenizers (FetalCLIP: 117); 0: each model's own
-    data: tuple[str, ...] = ()  # pairs.csv | pattern of tars, one or more; without it the demonstration
-    epochs: int = 20  # passes over the data
-    batch: int = 1024  # N, pairs in a batch over all processes; the loss sees all of them
-    micro_batch: int = 0  # pairs whose activations a process holds at a time (batch norm sees these); 0: its share of N
-    lr: float = 1e-5  # peak learning rate (AdamW, betas 0.9 and 0.98, eps 1e-6)
-    warmup: int = 500  # optimizer steps of linear warm-up before the cosine
-    weight_decay: float = 0.1  # on matrices and kernels only
-    clip_norm: float = 1.0  # largest L2 norm of the gradient
-    seed: int = 42  # of the weights, the order and the augmentation
-    out: str = "out"  # folder for student.pt, log.jsonl and curves.png
-    workers: int = -1  # loader processes; -1: one less than the cores, 1 to 8
-    device: str = "auto"  # auto: cuda where there is one, else cpu; with torchrun each process takes its own card
-    log_every: int = 10  # optimizer steps between two lines of log.jsonl (which is written with the checkpoint)
-    resume: bool = False  # go on from the checkpoint in --out, if there is one
-    overwrite: bool = False  # replace the run in --out
-
-
-# Table 3. Coupled rows give both weights one schedule, lambda(t) of Eq. 5 with lambda0 = beta0; r = 1 is a constant.
+# The rows of Table 3. Coupled rows give both terms one weight, lambda(t) of Eq. 5; r = 1 keeps it constant.
 ABLATIONS = {
     "no-kd": dict(coupled=True, beta0=0.0, r=1.0),
     "static": dict(coupled=True, beta0=1.0, r=1.0),
@@ -109,16 +80,62 @@ ABLATIONS = {
     "r-0.4": dict(beta0=2.0, r=-0.4),
 }
 
-# Without --data. This teacher's logit scale is near 20, the paper's softened one too (100 / tau 5): hence tau 1.
-PHANTOM, TEACHER = HERE / "phantom", "assets/teacher.pt"  # drawn by assets/phantom.py; trained by this script
-DEMONSTRATION = dict(student="demo-fastvit", teacher="demo-teacher", teacher_weights=TEACHER)
-DEMONSTRATION |= dict(epochs=4, batch=64, lr=3e-3, warmup=150, tau=1.0)
+
+@dataclasses.dataclass
+class Config:
+    """Every setting, which is also the command line. The defaults are the paper's."""
+
+    beta0: float = 2.0  # beta_0 of Eq. 7: weight of the off-diagonal at step 0
+    r: float = -0.8  # r of Eq. 7: the weight ends at r * beta0
+    r_is_end: bool = False  # read --r as the final weight itself, as the authors' own configurations do
+    diag: float = 1.0  # weight of the diagonal (Eq. 6)
+    coupled: bool = False  # Eq. 4: the diagonal has the weight of the off-diagonal, lambda(t) of Eq. 5
+    tau: float = 5.0  # tau of Eq. 2: temperature of the teacher's softmax, and of no other
+    smooth: float = 0.0  # epsilon of the confidence-penalty row: share of the target that is spread evenly
+    feature: float = 0.0  # weight of the feature-KD row's mean squared error (2000 in the paper)
+    ablation: Literal[("", *ABLATIONS)] = ""  # a row of Table 3 sets the flags above; a flag beside it wins
+    teacher: str = (
+        "ViT-L-14"  # open_clip name: ViT-L-14 for FetalCLIP, ViT-L-14-quickgelu for OpenAI's weights
+    )
+    teacher_weights: str = ""  # PATH (a checkpoint of this script, too) or open_clip TAG
+    student: str = "MobileCLIP2-S0"  # open_clip name
+    student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
+    context_length: int = 0  # tokens, of both models (117 for FetalCLIP); 0: each model's own
+    data: tuple[str, ...] = ()  # pairs.csv | pattern of tars, one or more; without it the demonstration runs
+    epochs: int = 20  # passes over the data
+    batch: int = 1024  # N, pairs in a batch over all processes; the loss sees all of them
+    micro_batch: int = 0  # pairs whose activations a process keeps at a time; 0: all of its share of N
+    lr: float = 1e-5  # peak learning rate (AdamW, betas 0.9 and 0.98, eps 1e-6)
+    warmup: int = 500  # optimizer steps of linear warm-up before the cosine
+    weight_decay: float = 0.1  # of matrices and kernels; vectors and scalars have none
+    clip_norm: float = 1.0  # largest L2 norm of the gradient
+    seed: int = 42  # of the weights, the order of the pairs and their augmentation
+    out: str = "out"  # folder for student.pt, log.jsonl and curves.png
+    workers: int = -1  # processes that read images; -1: one less than the cores, 1 to 16
+    device: str = "auto"  # auto (cuda where there is one, else cpu) | cpu | cuda | cuda:N | mps
+    log_every: int = 10  # optimizer steps between two lines of log.jsonl
+    resume: bool = False  # go on from the checkpoint in --out, if there is one
+    overwrite: bool = False  # replace the run in --out
+
+
+# What holds without --data. The teacher's logit scale is 19, the paper's softened one 100 / 5: hence tau 1.
+DEMONSTRATION = dict(
+    student="demo-fastvit",
+    teacher="demo-teacher",
+    teacher_weights=str(HERE / "assets/teacher.pt"),
+    epochs=4,
+    batch=64,
+    lr=3e-3,
+    warmup=150,
+    tau=1.0,
+)
+PHANTOM = HERE / "phantom"  # the demonstration's data, which assets/phantom.py draws
 
 # ---------------------------------------------------------------- schedules and loss
 
 
 def beta_at(step: int, total: int, beta0: float, r: float) -> float:
-    """Weight of the off-diagonal at step `step` of `total`, Eq. 7; zero at total / (1 - r). Eq. 5 is the same line."""
+    """Weight of the off-diagonal at step `step` of `total`, Eq. 7; zero at total / (1 - r). Eq. 5 is the same."""
     return beta0 * (1 - step / total * (1 - r))
 
 
@@ -130,56 +147,54 @@ def lr_at(step: int, total: int, peak: float, warmup: int) -> float:
 
 
 def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, clip=1.0, tau=5.0, smooth=0.0):
-    """CLIP loss plus selective repulsive distillation over one batch of N matched pairs (arXiv 2603.05421).
+    """CLIP loss plus selective repulsive distillation over one batch of N matched image-text pairs.
 
-    image, text       (N, D) student embeddings; t_image, t_text (N, D_t) the teacher's, which get no gradient. All are
-                      normalised here; those of several processes are gathered before (see `gather`)
-    scale, t_scale    0-d logit scales. The caller must bound `scale` (at most 100, after every optimizer step): a
-                      negative `beta` rewards larger logits without end, and the bound is all that stops it
-    beta, diag, clip  weights of the off-diagonal, of the diagonal and of the CLIP term; beta = diag is Eq. 4
-    tau               temperature of the teacher alone: its targets are to be softened, while the student's logits stay
-                      those it is used with; hence no tau**2 either
-    smooth            epsilon: the target becomes (1 - epsilon) p + epsilon / N
+    image, text       (N, D) embeddings of the student
+    t_image, t_text   (N, D_t) embeddings of the teacher, which gets no gradient. All four are normalised
+                      here; where several processes share a batch, gather them first (see `gather`)
+    scale, t_scale    0-d logit scales. Bound `scale` to at most 100 after every optimizer step: a
+                      negative `beta` rewards larger logits without end, and nothing else stops it
+    beta              weight of the off-diagonal, the pairs that do not match (see `beta_at`)
+    diag, clip        weights of the diagonal and of the CLIP loss; diag = beta gives Eq. 4
+    tau               temperature of the teacher alone. The student's logits stay those it is used with,
+                      hence no tau**2 either. Choose it so that t_scale / tau is near 20, as in the paper
+                      (100 / 5): 14 / 5 makes an almost uniform target, and against that repulsion pushes
+                      all pairs apart alike
+    smooth            epsilon: the target becomes (1 - epsilon) * p + epsilon / N
 
-    Returns clip * parts["clip"] + diag * parts["diag"] + beta * parts["off"], and the detached `parts`. All in fp32
-    under any autocast (bf16 would step by 0.5 at logits of 100); float64 stays float64.
+    Returns the loss, clip * CLIP + diag * diagonal + beta * off-diagonal, and its three terms, detached.
+    All of it is computed in fp32 under any autocast (bf16 steps by 0.5 at logits of 100), float64 stays.
     """
     with torch.autocast(image.device.type, enabled=False):
-        unit = lambda x: F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-        image, text, t_image, t_text = map(unit, (image, text, t_image, t_text))
-        # The plain form, of the rows (of the columns with the transposes; the two are averaged):
-        #     Eq. 3: H(p, q) = -(p * log_softmax(S, 1)).sum(1).mean(); Eq. 6: diag has its j = i terms, off the others.
-        # As log q_ij = S_ij - lse_i, backward needs one S and the sum of both directions' p: 40 % of time and memory.
-
-        # Eq. 2: the teacher's targets p, over the texts (rows) and over the images (columns). tau softens only them.
+        image, text, t_image, t_text = (
+            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+            for x in (image, text, t_image, t_text)
+        )
+        logits = scale * image @ text.T  # (N, N): rows images, columns texts
         with torch.no_grad():
-            t_logits = (t_scale / tau * t_image) @ t_text.T  # (N, N): rows images, columns texts
-            p_rows, p_cols = t_logits.softmax(1), t_logits.softmax(0)  # (N, N) each
-            del t_logits
-            if smooth:
-                p_rows.mul_(1 - smooth).add_(smooth / len(image))
-                p_cols.mul_(1 - smooth).add_(smooth / len(image))
-            match_rows, match_cols = p_rows.diagonal().clone(), p_cols.diagonal().clone()  # p_ii, (N,) each
-            p_rows.fill_diagonal_(0)
-            p_cols.fill_diagonal_(0)
-            rest_rows, rest_cols = p_rows.sum(1), p_cols.sum(0)  # sum of p_ij over j != i, (N,) each
-            p_off = p_rows.add_(p_cols)  # both meet the same logits below; in place, which spares an (N, N)
-        # -log q = lse - S. Both directions share S: the other one's logits are its transpose.
-        logits = (scale * image) @ text.T  # (N, N): rows images, columns texts
-        lse_rows, lse_cols = logits.logsumexp(1), logits.logsumexp(0)  # (N,) each
-        nll_rows, nll_cols = lse_rows - logits.diagonal(), lse_cols - logits.diagonal()
-        clip_loss = (nll_rows + nll_cols).mean() / 2  # Eq. 1
-        # Eq. 3, split as in Eq. 6: p_ii nll_i, and over j != i (sum of p_ij) lse_i - sum of p_ij S_ij.
-        kd_diag = (match_rows * nll_rows + match_cols * nll_cols).mean() / 2
-        kd_off = (rest_rows * lse_rows + rest_cols * lse_cols - torch.linalg.vecdot(p_off, logits)).mean() / 2
+            t_logits = t_scale / tau * t_image @ t_text.T  # (N, N): rows images, columns texts
+
+        # Both directions count half: image to text, and with the transposes text to image.
+        clip_loss = kd_diag = kd_off = 0.0
+        for student_logits, teacher_logits in ((logits, t_logits), (logits.T, t_logits.T)):
+            log_q = student_logits.log_softmax(1)  # (N, N), at the student's own scale
+            p = teacher_logits.softmax(1)  # (N, N), Eq. 2: only the teacher is softened by tau
+            p = (1 - smooth) * p + smooth / len(p)
+            cross_entropy = -p * log_q  # (N, N), Eq. 3: H(p, q) is the mean over rows of their sums
+            matched = cross_entropy.diagonal()  # (N,)
+            clip_loss = clip_loss - log_q.diagonal().mean() / 2  # Eq. 1
+            kd_diag = kd_diag + matched.mean() / 2  # Eq. 6, the terms with j = i
+            kd_off = kd_off + (cross_entropy.sum(1) - matched).mean() / 2  # Eq. 6, the terms with j != i
         loss = clip * clip_loss + diag * kd_diag + beta * kd_off  # Eq. 6; Eq. 4 where diag = beta
     return loss, {"clip": clip_loss.detach(), "diag": kd_diag.detach(), "off": kd_off.detach()}
 
 
 def gather(x):
-    """(n, d) on each of `world` processes -> (world * n, d) on all, with gradient; the identity without a group. Every
-    process computes the loss of the whole batch. Backward sums their (equal) gradients, `world` times too much, which
-    DDP's average over the processes takes away again."""
+    """(n, d) on each of `world` processes -> (world * n, d) on all of them, with gradient; one process: x itself.
+
+    Every process computes the loss of the whole batch. Backward sums their equal gradients, `world` times
+    too much, which DDP's average over the processes takes away again.
+    """
     if not dist.is_initialized():
         return x
     return torch.cat(torch.distributed.nn.functional.all_gather(x))
@@ -191,90 +206,140 @@ PREPROCESS = ("size", "mean", "std", "interpolation")
 
 
 class Model(nn.Module):
-    """An open_clip model with its tokenizer and preprocessing: size in pixels, mean and std in 0..1, interpolation."""
+    """An open_clip model with its tokenizer and preprocessing: size in pixels, mean and std in 0..1."""
 
     def __init__(self, name, clip, tokenizer, preprocess, source):
         super().__init__()
-        self.name, self.clip, self.tokenizer, self.source = name, clip, tokenizer, source  # source: of the weights
-        self.size, self.mean, self.std, self.interpolation = (preprocess[key] for key in PREPROCESS)
+        self.name = name
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.source = source  # where the weights come from, for people to read
+        for key in PREPROCESS:
+            setattr(self, key, preprocess[key])
 
     def normalize(self, pixels):
         """(n, 3, size, size) in 0..1 -> the same, as the image tower expects it."""
-        return torch.stack([(pixels[:, c] - self.mean[c]) / self.std[c] for c in range(3)], 1)
+        mean = pixels.new_tensor(self.mean).view(3, 1, 1)
+        std = pixels.new_tensor(self.std).view(3, 1, 1)
+        return (pixels - mean) / std
 
     def embed(self, pixels, tokens):
-        """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D)."""
-        # Inside what is checkpointed, so that backward's second pass runs under the same autocast as the first.
+        """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D), both fp32."""
+        # Autocast stands inside of what is recomputed, so that the second pass runs under it like the first.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
             pixels = self.normalize(pixels.permute(0, 3, 1, 2) / 255)
-            return self.clip.encode_image(pixels), self.clip.encode_text(tokens)
+            image = self.clip.encode_image(pixels)
+            text = self.clip.encode_text(tokens)
+        return image.float(), text.float()
 
     def forward(self, pixels, tokens, micro_batch):
-        """As `embed`, and the logit scale. Beyond `micro_batch` pairs activations are dropped: backward computes them
-        again, one micro-batch at a time. The loss sees all n embeddings, so its gradient is the whole batch's, which
-        gradient accumulation would not give. Batch norm sees each micro-batch by itself, and twice."""
-        again, embeddings = torch.is_grad_enabled() and micro_batch < len(tokens), []
-        for some in zip(pixels.split(micro_batch), tokens.split(micro_batch)):
-            embeddings.append(checkpoint(self.embed, *some, use_reentrant=False) if again else self.embed(*some))
-        image, text = (torch.cat(rows) for rows in zip(*embeddings))
+        """As `embed`, and the logit scale.
+
+        Beyond `micro_batch` pairs activations are dropped: backward computes them again, one micro-batch at
+        a time. The loss still sees all n embeddings at once, which gradient accumulation would not give.
+        Batch norm sees each micro-batch by itself, and twice.
+        """
+        if micro_batch >= len(tokens):
+            image, text = self.embed(pixels, tokens)
+        else:
+            micro_batches = zip(pixels.split(micro_batch), tokens.split(micro_batch))
+            embeddings = [recompute(self.embed, *inputs, use_reentrant=False) for inputs in micro_batches]
+            image, text = map(torch.cat, zip(*embeddings))
         return image, text, self.clip.logit_scale.exp()
 
 
 @timm.models.register_model
 def fastvit_demo(num_classes, pretrained_cfg, **_):
-    """The demonstration's image tower, fastvit_demo.24 where 24 is the width: FastViT's own blocks, few and thin."""
-    dims = [int(pretrained_cfg) * 2**i for i in range(4)]  # timm calls so what follows the dot
-    shape = dict(embed_dims=dims, layers=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), stem_use_scale_branch=False)
-    tower = timm.models.FastVit(**shape, layer_scale_init_value=0.1, num_classes=num_classes)
-    # A CPU takes two thirds of the time in this format (not in the first convolution: torch crashes in its backward).
-    tower.stem[0].act.register_forward_pre_hook(lambda act, x: x[0].contiguous(memory_format=torch.channels_last))
-    return tower
+    """The demonstration's image tower: FastViT's own blocks, few and thin."""
+    width = int(pretrained_cfg)  # timm hands over what follows the dot in fastvit_demo.24
+    return timm.models.FastVit(
+        embed_dims=[width, 2 * width, 4 * width, 8 * width],
+        layers=(1, 1, 2, 1),
+        mlp_ratios=(2, 2, 2, 2),
+        stem_use_scale_branch=False,
+        layer_scale_init_value=0.1,
+        num_classes=num_classes,
+    )
 
 
 open_clip.add_model_config(HERE / "assets/models")  # demo-fastvit, demo-teacher, demo-vit
-logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
 
 
-def open_model(name, weights="", context_length=0):
-    """Any model of open_clip with weights from a PATH, a TAG, or at random -> Model. Size, mean, std, interpolation are
-    those of the tag or in a checkpoint of this script; else of the first tag: open_clip takes OpenAI's with a path."""
-    schema, tag = name.rpartition(":")[0], "" if Path(weights).is_file() else weights
-    name = name if schema else name.replace("/", "-")
-    known, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
-    if not schema and name not in known:
-        fail(f"{name!r}: no model of open_clip; near it are {', '.join(difflib.get_close_matches(name, known, 5, 0))}")
+def open_model(name, weights="", context_length=0, mean="", std="", interpolation=""):
+    """Any model of open_clip, with weights from a PATH, a TAG, or at random -> Model.
+
+    Size, mean, std and interpolation are those of the tag or in a checkpoint of this script, else those of
+    the model's first tag (open_clip itself takes OpenAI's with a path). Over them win `mean` and `std`, such
+    as "0.48,0.46,0.41", and `interpolation`.
+    """
+    brings_weights = name.startswith("hf-hub:")
+    brings_config = ":" in name  # hf-hub: or local-dir:
+    tag = "" if Path(weights).is_file() else weights
+    if not brings_config:
+        name = name.replace("/", "-")
+        if name not in open_clip.list_models():
+            near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0)
+            fail(f"{name!r}: no model of open_clip; near it are {', '.join(near)}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         fail(f"{weights}: neither a file nor a tag of {name}, which has {', '.join(tags) or 'none'}")
     listed = open_clip.get_pretrained_cfg(name, tag or tags[0]) if tags else {}
     if tag and listed.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
-        fail(f"{tag}: was trained with QuickGELU, which {name} has not; open it as {name}-quickgelu")
-    with user_error(f"{name}{tag and ' ' + tag}: cannot be opened"):
-        required = bool(tag) or (schema == "hf-hub" and not weights)  # else a failed download would be random weights
-        how = dict(force_context_length=context_length or None, require_pretrained=required)
-        clip = open_clip.create_model(name, tag or None, **how)
+        fail(f"{tag}: was trained with QuickGELU, which {name} does not have; open it as {name}-quickgelu")
+
+    with user_error(f"{name} {tag}: cannot be opened"):
+        clip = open_clip.create_model(
+            name,
+            tag or None,
+            force_context_length=context_length or None,
+            # Otherwise open_clip goes on with random weights where a download fails.
+            require_pretrained=bool(tag) or (brings_weights and not weights),
+        )
         tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
     preprocess = {**clip.visual.preprocess_cfg, **listed}
     if weights and not tag:
-        preprocess |= load_weights(clip, weights)
+        preprocess.update(load_weights(clip, name, weights))
+    for key, text in (("mean", mean), ("std", std)):
+        if text:
+            with user_error(f"--{key} {text}: needs three numbers, such as 0.485,0.456,0.406", ValueError):
+                red, green, blue = map(float, text.split(","))
+            if not math.isfinite(red + green + blue) or (key == "std" and min(red, green, blue) <= 0):
+                fail(f"--{key} {text}: must be finite, and for --std above 0")
+            preprocess[key] = (red, green, blue)
+    preprocess["interpolation"] = interpolation or preprocess["interpolation"]
     height, preprocess["size"] = np.broadcast_to(preprocess["size"], 2).tolist()
     if height != preprocess["size"]:
-        fail(f"{name}: takes images of {preprocess['size']} x {height} pixels; only square ones are supported")
-    return Model(name, clip, tokenizer, preprocess, weights or ("what it brings" if schema else "random weights"))
+        fail(
+            f"{name}: takes images of {preprocess['size']} x {height} pixels; only square ones are supported"
+        )
+    source = weights or ("what it brings" if brings_config else "random weights")
+    return Model(name, clip, tokenizer, preprocess, source)
 
 
-def load_weights(clip, path):
-    """Loads a file's state dict strictly, after the conversions that bring what is published to open_clip's names:
-    wrappers' keys and prefixes, Apple's names of FastViT's layers, custom text towers. -> the preprocessing in it."""
+def load_weights(clip, name, path):
+    """Loads a file's state dict strictly -> the preprocessing that a checkpoint of this script has, else {}.
+
+    What is published comes in wrappers, with prefixes, with Apple's names of FastViT's layers, or with a
+    text tower of older names: each is converted to today's open_clip.
+    """
     content = read_weights(path)
-    preprocess = content["preprocess"] if str(content.get("format")).startswith("dark-") else {}
-    for key in ("state_dict", "model_state_dict", "model", "module"):
-        content = content[key] if isinstance(content.get(key), dict) else content
-    state = {re.sub(r"^((module|model|_orig_mod)\.)+", "", str(key)): value for key, value in content.items()}
+    states = find_states(content)
+    if len(states) != 1:
+        fail(f"{path}: must hold one CLIP, by its logit_scale; found are {list(states) or list(content)[:9]}")
+    ((holder, prefix),) = states.values()
+    state = {key.removeprefix(prefix): x for key, x in holder.items() if key.startswith(prefix)}
     if "visual.trunk.patch_embed.0.rbr_conv.0.conv.weight" in state:
-        trunk = {k.removeprefix("visual.trunk."): state.pop(k) for k in [*state] if k.startswith("visual.trunk.")}
-        trunk = timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk)
-        state |= {f"visual.trunk.{key}": value for key, value in trunk.items()}
-    with user_error(f"{path}: does not fit the model", (RuntimeError, KeyError, AttributeError)):
+        trunk = {}
+        for key in [key for key in state if key.startswith("visual.trunk.")]:
+            trunk[key.removeprefix("visual.trunk.")] = state.pop(key)
+        for key, x in timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk).items():
+            state[f"visual.trunk.{key}"] = x
+    position_ids = "text.transformer.embeddings.position_ids"  # a buffer that transformers no longer has
+    if position_ids not in clip.state_dict():
+        state.pop(position_ids, None)
+    architecture = content.get("architecture", name)
+    wrong = (RuntimeError, KeyError, AttributeError, AssertionError)
+    with user_error(f"{path}: a {architecture}, does not fit {name}", wrong):
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
         state = open_clip.convert.convert_state_dict(clip, state)
         if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
@@ -282,7 +347,29 @@ def load_weights(clip, path):
         open_clip.model.resize_pos_embed(state, clip)
         open_clip.model.resize_text_pos_embed(state, clip)
         clip.load_state_dict(state)
-    return preprocess
+    is_ours = str(content.get("format")).startswith("dark-")
+    return content["preprocess"] if is_ours else {}
+
+
+def find_states(content, where=""):
+    """The CLIPs in nested dictionaries: path of their logit_scale -> (dictionary, prefix of their keys in it)."""
+    states = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            states.update(find_states(value, f"{where}{key}."))
+        elif isinstance(value, torch.Tensor) and key.endswith("logit_scale"):
+            states[where + key] = content, key.removesuffix("logit_scale")
+    return states
+
+
+class Forgotten(list):
+    """Stands in for what training scripts leave beside the weights, such as a Namespace or a Path."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 def read_weights(path):
@@ -294,339 +381,528 @@ def read_weights(path):
     if head[8:10] == b'{"':
         with user_error(f"{path}: no safetensors"):
             return safetensors.torch.load_file(path)
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        fail(f"{path}: damaged, a checksum is wrong")  # torch itself compares none
-    # Of numpy only plain numbers, which most training scripts leave in their checkpoints.
-    scalar, types = np.float64().__reduce__()[0], [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-    plain = [np.dtype, *types, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-    with user_error(f"{path}: no weights"), torch.serialization.safe_globals(plain):
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    stand_ins = []
+    dictionary = lambda *_: {}
+    with user_error(f"{path}: no weights"):
+        if zipfile.is_zipfile(path):
+            if zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
+                fail(f"{path}: damaged, a checksum is wrong")
+            for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                # torch fills what stands in for a dictionary only if it is one.
+                stand_ins.append((dictionary if name == "collections.defaultdict" else Forgotten, name))
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        fail(f"{path}: holds a whole model or other object, not weights; save its state_dict()")
+    return content
 
 
 # ---------------------------------------------------------------- data
 
 
 class Pairs:
-    """The pairs that `find_pairs` found, as the given models take them. An item is an (epoch, index)."""
+    """The pairs of `find_pairs` as the given models take them. An item is an (epoch, index)."""
 
     def __init__(self, pairs, seed, models):
-        self.pairs, self.seed, captions = pairs, seed, [caption for *_, caption in pairs]
-        self.models = [(model.size, model.interpolation, tokenize(model, captions)) for model in models]
+        self.pairs = pairs
+        self.seed = seed
+        self.sizes = [(model.size, model.interpolation) for model in models]
+        self.tokens = [read_captions(model, pairs) for model in models]
 
     def __getitem__(self, item):
-        """-> for each model an image (S, S, 3) uint8, black if it does not decode, and tokens (context,); the index if
-        it does not, else -1. All models see one view of it, which depends on seed, epoch and index alone."""
+        """-> for each model an image (S, S, 3) uint8; for each model tokens (context,); "", or why the image,
+        which is black then, does not decode. All models see one view, drawn from seed, epoch and index alone."""
         epoch, index = item
         path, offset, length, _ = self.pairs[index]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(length))
+        problem = ""
         try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                opened = Image.open(io.BytesIO(file.read(length)))
-            views, bad = [augment(square(opened, *how), [self.seed, epoch, index]) for *how, _ in self.models], -1
-        except Exception:  # Pillow has a dozen kinds for a broken file
-            views, bad = [Image.new("RGB", (size, size)) for size, *_ in self.models], index
-        return [torch.from_numpy(np.array(x)) for x in views], [tokens[index] for *_, tokens in self.models], bad
+            image = Image.open(content)
+            image.load()
+        except Exception as error:  # Pillow has a dozen kinds for a broken file
+            image = Image.new("L", (1, 1))
+            problem = f"{path}: {error}"
+        views = []
+        for size, interpolation in self.sizes:
+            view = augment(square(image, size, interpolation), [self.seed, epoch, index])
+            views.append(torch.from_numpy(np.array(view)))
+        return views, [tokens[index] for tokens in self.tokens], problem
 
 
-def tokenize(model, captions):
-    """-> (n, context) tokens. Says how many captions are cut off, and how many are alike as this model reads them."""
-    tokenizer, chunks = model.tokenizer, [captions[i : i + 1024] for i in range(0, len(captions), 1024)]
-    tokens = torch.cat([tokenizer(texts) for texts in tqdm(chunks, "tokens", leave=False, delay=2, disable=None)]).int()
-    full = (tokens[:, -1] != tokenizer([""])[0, -1]).nonzero()[:, 0].tolist()  # the others end in padding
-    longer = tokenizer(["", *(captions[i] for i in full)], context_length=tokenizer.context_length + 1)
-    cut, repeated = int((longer[:, -1] != longer[0, -1]).sum()), len(tokens) - len(tokens.unique(dim=0))
-    tqdm.write(f"{model.name}, {tokenizer.context_length} tokens: {cut} captions are cut off, {repeated} repeat others")
+def read_captions(model, pairs):
+    """-> (n, context) tokens. Tells how many captions are cut off, and how many are alike to this model."""
+    parts = []
+    n_cut = 0
+    for start in tqdm(range(0, len(pairs), 1024), "tokens", leave=False, delay=2, disable=None):
+        tokens, is_cut = tokenize(model.tokenizer, [caption for *_, caption in pairs[start : start + 1024]])
+        parts.append(tokens.int())
+        n_cut += int(is_cut.sum())
+    tokens = torch.cat(parts)
+    n_repeated = len(tokens) - len(tokens.unique(dim=0))
+    advice = ""
+    if n_repeated > len(tokens) / 10:
+        advice = " (equal captions count as pairs that do not match, and are repelled)"
+    context = model.tokenizer.context_length
+    tqdm.write(
+        f"{model.name}, {context} tokens: {n_cut} captions are cut off, {n_repeated} repeat others{advice}"
+    )
     return tokens
 
 
+def tokenize(tokenizer, texts):
+    """-> (n, context) tokens, and which of the texts are cut off (n,): they use more of a longer context."""
+    tokens = tokenizer(["", *texts])
+    longer = tokenizer(["", *texts], context_length=tokenizer.context_length + 1)
+    used = (tokens != tokens[0]).sum(1)
+    needed = (longer != longer[0]).sum(1)
+    return tokens[1:], (needed > used)[1:]
+
+
 def batches(n, batch, epochs, seed, process=0, world=1):
-    """The (epoch, index) items of every step of `epochs`, this process's share of each. An epoch is a permutation drawn
-    from (seed, epoch) without its incomplete batch: so no batch holds a pair twice, and no match is repelled."""
+    """The (epoch, index) items of every step of `epochs`, this process's share of each batch.
+
+    An epoch is a permutation drawn from (seed, epoch) without its incomplete batch: no batch holds a pair twice.
+    """
     for epoch in epochs:
         order = np.random.default_rng([seed, epoch]).permutation(n)[: n // batch * batch]
-        for share in order.reshape(-1, world, batch // world)[:, process]:
-            yield [(epoch, int(index)) for index in share]
+        shares = order.reshape(-1, world, batch // world)[:, process]  # (steps, batch / world)
+        for share in shares.tolist():
+            yield [(epoch, index) for index in share]
 
 
 def augment(image, key):
     """The paper's augmentation (3.6), drawn from `key`: rotation, shift, brightness, contrast, saturation."""
     rng = np.random.default_rng(key)
-    angle, shift, factors = rng.uniform(-7, 7), rng.uniform(-0.05, 0.05, 2), rng.uniform(0.85, 1.15, 3)
-    image = image.rotate(angle, Image.Resampling.BILINEAR, translate=(shift * image.width).tolist())
-    for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
-        image = enhance(image).enhance(factor)
-    return image
+    angle = rng.uniform(-7, 7)  # degrees
+    shift = rng.uniform(-0.05, 0.05, 2) * image.width
+    brightness, contrast, saturation = rng.uniform(0.85, 1.15, 3)
+    image = image.rotate(angle, Image.Resampling.BILINEAR, translate=shift.tolist())
+    image = ImageEnhance.Brightness(image).enhance(brightness)
+    image = ImageEnhance.Contrast(image).enhance(contrast)
+    return ImageEnhance.Color(image).enhance(saturation)
 
 
 def square(image, size, interpolation):
-    """An opened image of any Pillow mode -> 'RGB', upright (EXIF), zero-padded to a centred square, resized. Deep greys
-    are scaled, which Pillow's own convert would clip."""
+    """An opened image of any Pillow mode -> RGB, upright (EXIF), padded with black to a centred square, resized."""
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # of as many kinds again: metadata that cannot be read is no metadata
+    except Exception:  # Pillow has as many kinds here: metadata that cannot be read is no metadata
         pass
-    if image.mode[0] in "IF":  # I, I;16, I;16B, F
+    if image.mode[0] in "IF":  # I, I;16, I;16B, F: deep greys, which Pillow's own convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        tops = (1, 255, 4095, 65535)[image.mode != "F" :]
-        full = next((top for top in tops if values.max() <= top), values.max())
-        image = Image.fromarray((255 / full * values + 0.5).astype(np.uint8))
-    padded = ImageOps.pad(image.convert("RGB"), (max(image.size),) * 2)
-    return padded.resize((size, size), Image.Resampling[interpolation.upper()])
+        depths = [1, 255, 4095, 65535] if image.mode == "F" else [255, 4095, 65535]
+        white = min([depth for depth in depths if depth >= values.max()], default=values.max())
+        image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
+    side = max(image.size)
+    pixels = np.array(ImageOps.pad(image.convert("RGB"), (side, side)))  # (side, side, 3)
+    # torch gives Pillow's pixels, some of them 1 of 255 off, in a tenth of Pillow's time.
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    pixels = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)[0]
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def find_pairs(sources):
-    """--data -> a list of (path, offset and length of the image in it, caption); says what it leaves out."""
-    pairs, left_out = [], Counter()
+    """--data -> a list of (path, offset and length of the image in it, caption); tells what it leaves out."""
+    pairs = []
+    left_out = Counter()
     for source in sources:
         with user_error(f"--data {source}"):
-            paths = [path for part in braceexpand(source) for path in sorted(glob.glob(part, recursive=True)) or [part]]
-        for path in tqdm(paths, "indexing", leave=False, delay=2, disable=None):
-            if path.lower().endswith((".csv", ".tsv", ".txt")):
-                rows = read_table(path, ("image", "caption"), ("filepath", "title"))  # images are relative to the table
-                pairs += [(os.path.join(os.path.dirname(path), name), 0, -1, text.strip()) for name, text in rows]
-            else:
-                pairs += find_in_tar(path, left_out)
-    missing = [path for path in dict.fromkeys(path for path, *_ in pairs) if not os.path.isfile(path)]
+            patterns = list(braceexpand(source))
+        for pattern in patterns:
+            for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+                if not os.path.exists(path):
+                    fail(f"--data {path}: is not there")
+                if path.lower().endswith((".csv", ".tsv", ".txt")):
+                    pairs += find_in_table(path)
+                else:
+                    pairs += find_in_tar(path, left_out)
+    n_empty = sum(not caption for *_, caption in pairs)
+    reasons = [f"; left out: {count} {reason}" for reason, count in left_out.items() if count]
+    tqdm.write(f"{len(pairs)} pairs, {n_empty} with an empty caption{''.join(reasons)}")
+    return pairs
+
+
+def find_in_table(path):
+    """Columns `image` and `caption`, or open_clip's `filepath` and `title`; images are relative to the table."""
+    pairs = []
+    for name, caption in read_table(path, ("image", "caption"), ("filepath", "title")):
+        image = os.path.join(os.path.dirname(path), name)
+        length = os.path.getsize(image) if os.path.isfile(image) else -1
+        pairs.append((image, 0, length, caption))
+    missing = [image for image, _, length, _ in pairs if length < 0]
     if missing:
-        fail(f"--data: {len(missing)} images are not there, the first is {missing[0]}")
-    told = "".join(f"; left out: {count} {reason}" for reason, count in left_out.items() if count)
-    tqdm.write(f"{len(pairs)} pairs, {sum(not caption for *_, caption in pairs)} with an empty caption{told}")
+        fail(f"--data {path}: {len(missing)} images are not there, the first is {missing[0]}")
     return pairs
 
 
 def find_in_tar(path, left_out):
     """A WebDataset shard: a key, up to the first dot, is one image and one txt; other members are passed over."""
-    images, captions, pairs = {}, {}, []
-    with user_error(f"--data {path}: no plain tar", (OSError, tarfile.TarError)), tarfile.open(path, "r:") as tar:
+    keys = {}  # key -> its members, by "image" and "txt"
+    pairs = []
+    about = f"--data {path}: neither a table (.csv, .tsv, .txt) nor a plain tar"
+    with user_error(about, (OSError, tarfile.TarError)), tarfile.open(path, "r:") as tar:
         for member in tar:
-            name = re.fullmatch(r"((?:.*/)?([^/]+))\.(txt|jpe?g|png|webp)", member.name, re.IGNORECASE)
-            if not name or not member.isfile():
-                continue
-            kind = captions if name[3].lower() == "txt" else images
-            if "." in name[2]:
-                left_out["keys with a dot"] += kind is images
-            elif kind.setdefault(name[1], member) is not member:
-                fail(f"--data {path}: key {name[1]} has more than one image or txt")
-        tar.fileobj.seek(tar.offset)
+            name = re.fullmatch(r"(.+)\.(txt|jpe?g|png|webp)", member.name, re.IGNORECASE)
+            if name and member.isfile():
+                kind = "txt" if name[2].lower() == "txt" else "image"
+                members = keys.setdefault(name[1], {})
+                if kind in members:
+                    fail(f"--data {path}: key {name[1]} has more than one {kind}")
+                members[kind] = member
         # tarfile takes a cut between two members for the end; a whole archive ends in blocks of zeros.
+        tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
             fail(f"--data {path}: truncated or damaged, the end-of-archive mark is missing")
-        left_out["tars behind the end mark of another in one file"] += any(tar.fileobj.read(2**20))
-        for key in (key for key in images if key in captions):
-            with user_error(f"--data {path}: {captions[key].name} is not UTF-8", UnicodeDecodeError):
-                caption = tar.extractfile(captions[key]).read().decode("utf-8-sig").strip()
-            pairs.append((path, images[key].offset_data, images[key].size, caption))
-    left_out["keys without a txt"] += len(images) - len(pairs)
-    left_out["keys without an image (jpg, jpeg, png, webp; no link)"] += len(captions) - len(pairs)
-    return pairs or fail(f"--data {path}: no pair of an image (jpg, jpeg, png, webp) and a txt with the same key")
+        if any(tar.fileobj.read(2**20)):
+            left_out["tars behind the end mark of another in one file"] += 1
+        for key, members in keys.items():
+            if "." in os.path.basename(key):
+                left_out["keys with a dot"] += 1
+            elif "txt" not in members:
+                left_out["keys without a txt"] += 1
+            elif "image" not in members:
+                left_out["keys without an image (jpg, jpeg, png, webp; no link)"] += 1
+            else:
+                text = tar.extractfile(members["txt"]).read()
+                with user_error(f"--data {path}: {key}.txt is not UTF-8", UnicodeDecodeError):
+                    caption = text.decode("utf-8-sig").strip()
+                pairs.append((path, members["image"].offset_data, members["image"].size, caption))
+    if not pairs:
+        fail(f"--data {path}: no pair of an image (jpg, jpeg, png, webp) and a txt with the same key")
+    return pairs
 
 
 def read_table(path, *choices):
-    """A table in UTF-8 -> for each row the values of the first of `choices`, tuples of columns, that its header has.
-    The separator is the one of `,` `;` and tab that gives them, whatever the file is called."""
+    """A table in UTF-8 -> for each row the values of the first of `choices`, tuples of columns, that it has.
+
+    The separator is `,` `;` or tab, whichever the header has most of, whatever the file is called.
+    """
+    if not os.path.exists(path):
+        fail(f"{path}: is not there")
     with user_error(f"{path}: no table in UTF-8", (OSError, UnicodeDecodeError)):
         text = Path(path).read_text(encoding="utf-8-sig")
-    wrong, quoted = f"none of the columns {' or '.join(map(str, choices))} in its header", csv.QUOTE_MINIMAL
-    # Between tabs a quotation mark is most often just that: such a table is read without quoting where it can be.
-    for separator, quoting in (",", quoted), (";", quoted), ("\t", csv.QUOTE_NONE), ("\t", quoted):
-        reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
-        try:
-            header, rows = [name.strip() for name in next(reader, [])], []
-            columns = next((columns for columns in choices if {*columns} <= {*header}), ())
-            for row in filter(None, reader if columns else ()):
-                if len(row) != len(header):
-                    raise csv.Error(f"{len(row)} values, the header has {len(header)}")
-                rows.append(tuple(row[header.index(column)] for column in columns))
-            if columns:
-                return rows or fail(f"{path}: has no rows")
-        except csv.Error as error:
-            wrong = f"line {reader.line_num}: {error}"
-    fail(f"{path}: {wrong}")
+    header, *lines = text.splitlines() or [""]
+    separator = max(",;\t", key=header.count)
+    # Between tabs a quotation mark is most often just that, unless it holds a line break together.
+    is_literal = separator == "\t" and {line.count("\t") for line in lines if line} <= {header.count("\t")}
+    quoting = csv.QUOTE_NONE if is_literal else csv.QUOTE_MINIMAL
+    rows = []
+    with user_error(f"{path}: no table", csv.Error):
+        reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        fitting = [columns for columns in choices if set(columns) <= set(reader.fieldnames)]
+        if not fitting:
+            fail(f"{path}: has none of the columns {' or '.join(map(str, choices))} in its header")
+        for row in reader:
+            if None in row or None in row.values():
+                fail(
+                    f"{path}: line {reader.line_num}: has not {len(reader.fieldnames)} values, as the header"
+                )
+            rows.append(tuple(row[column].strip() for column in fitting[0]))
+    if not rows:
+        fail(f"{path}: has no rows")
+    return rows
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(cfg, device, student, teacher, data, found):
-    """Trains `student` against the frozen `teacher` (None: with the CLIP loss alone) -> the log. After each epoch
-    rank 0 replaces the log and the checkpoint. A killed run loses the epoch it was in: --resume goes on from that
-    checkpoint, `found`, with the same number of processes. The last one is the result; evaluate.py measures it."""
-    n, per_epoch = len(data.pairs), len(data.pairs) // cfg.batch
-    total = cfg.epochs * per_epoch  # T of Eq. 5 and 7, optimizer steps
+def train(cfg, device, student, teacher, data, run, checkpoint):
+    """Trains `student` against the frozen `teacher`, or by the CLIP loss alone where that is None.
+
+    -> the log, a record every cfg.log_every steps. At the end of every epoch rank 0 replaces the log and the
+    checkpoint in cfg.out; the last one is the result, which evaluate.py measures. A killed run loses the
+    epoch it was in: --resume hands its `checkpoint` in here, and the same number of processes goes on from
+    there, on a CPU to the bit. `run` goes into the checkpoint, see `describe_run`.
+    """
+    steps_per_epoch = len(data.pairs) // cfg.batch
+    total_steps = cfg.epochs * steps_per_epoch  # T of Eq. 5 and 7
+    micro_batch = cfg.micro_batch or cfg.batch // WORLD
+
     student.to(device).train()
-    projections = nn.ModuleList()  # of the student's embeddings to the teacher's width, for the feature-KD row
-    if cfg.feature:
-        width = lambda model: model.clip.encode_text(model.tokenizer([""]).to(device)).shape[1]
-        projections.extend(nn.Linear(width(student), width(teacher), device=device) for _ in ("image", "text"))
+    if device.type == "cuda":
+        # Together they make the student 1.64 times faster (NVIDIA H200, PyTorch 2.11); neither does alone.
+        torch.backends.cudnn.benchmark = True
+        student.clip.visual.to(memory_format=torch.channels_last)
+    projections = make_projections(cfg, student, teacher).to(device)
     parameters = [*student.parameters(), *projections.parameters()]
     optimizer = make_optimizer(cfg, parameters)
-    epoch, log, failed = 0, [], []
-    if found:
-        epoch, log = found["epoch"], found["log"]
-        student.clip.load_state_dict(found["state_dict"])
-        projections.load_state_dict(found["projections"])
-        optimizer.load_state_dict(found["optimizer"])
-    # static_graph: some parameters get no gradient (CoCa's decoder, SigLIP's bias), and DDP would wait for it.
-    net = nn.parallel.DistributedDataParallel(student, static_graph=True) if WORLD > 1 else student
-    order = batches(n, cfg.batch, range(epoch, cfg.epochs), cfg.seed, RANK, WORLD)
-    how = dict(num_workers=WORKERS if cfg.workers < 0 else cfg.workers, pin_memory=device.type == "cuda")
-    micro_batch = cfg.micro_batch or cfg.batch // WORLD
-    loader, first = torch.utils.data.DataLoader(data, batch_sampler=order, **how), epoch * per_epoch
-    bar = tqdm(loader, "steps", total, initial=first, disable=RANK > 0 or None, dynamic_ncols=True)
+    first_epoch = 0
+    log = []
+    if checkpoint:
+        first_epoch = checkpoint["epoch"]
+        log = checkpoint["log"]
+        student.clip.load_state_dict(checkpoint["state_dict"])
+        projections.load_state_dict(checkpoint["projections"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    model = student
+    if WORLD > 1:
+        # A static graph: else DDP waits for parameters without a gradient (CoCa's decoder, SigLIP's bias).
+        model = nn.parallel.DistributedDataParallel(student, static_graph=True)
+    loader = make_loader(cfg, device, data, first_epoch)
+    first_step = first_epoch * steps_per_epoch
+    hidden = True if RANK > 0 else None  # None: shown on a terminal
+    bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=hidden, dynamic_ncols=True)
+    undecodable = []  # of this epoch's images in this process, why
 
-    for step, (pixels, tokens, bad) in enumerate(bar, first):
-        torch.manual_seed(hash((cfg.seed, step, RANK)))  # of any dropout: the same bits after --resume
-        lr, beta = lr_at(step, total, cfg.lr, cfg.warmup), beta_at(step, total, cfg.beta0, cfg.r)
-        pixels, tokens = ([x.to(device, non_blocking=True) for x in kind] for kind in (pixels, tokens))
-        image, text, scale = net(pixels[0], tokens[0], micro_batch)
-        with torch.no_grad():  # without a teacher the student itself stands in: diag and beta are 0 then
-            targets = teacher(pixels[1], tokens[1], micro_batch) if teacher else (image, text, scale)
-        image, text, t_image, t_text = map(gather, (image, text, *targets[:2]))  # (N, D), of the whole batch
-        weights = dict(beta=beta, diag=beta if cfg.coupled else cfg.diag, tau=cfg.tau, smooth=cfg.smooth)
-        loss, terms = dark_loss(image, text, scale, t_image, t_text, targets[2], **weights)
-        if cfg.feature:  # mean squared error of unit embeddings (N, D_t)
-            unit = lambda x: F.normalize(x.float(), dim=-1)
-            triples = zip(projections, (image, text), (t_image, t_text))
-            terms["feature"] = sum(F.mse_loss(unit(project(unit(x))), unit(t)) for project, x, t in triples)
+    for step, (pixels, tokens, problems) in enumerate(bar, first_step):
+        pixels = [x.to(device, non_blocking=True) for x in pixels]
+        tokens = [x.to(device, non_blocking=True) for x in tokens]
+        lr = lr_at(step, total_steps, cfg.lr, cfg.warmup)
+        beta = beta_at(step, total_steps, cfg.beta0, cfg.r)
+        diag = beta if cfg.coupled else cfg.diag
+        torch.manual_seed(hash((cfg.seed, step, RANK)))  # of dropout: the same after --resume
+
+        # Both models see the same view of an image, each in its own size. On a GPU their towers run in bf16.
+        # Beyond a micro-batch the student's forward pass is computed twice.
+        image, text, scale = model(pixels[0], tokens[0], micro_batch)
+        image = gather(image)  # (N, D), of the whole batch
+        text = gather(text)
+        if teacher:
+            with torch.no_grad():
+                t_image, t_text, t_scale = teacher(pixels[1], tokens[1], micro_batch)
+            t_image = gather(t_image)  # (N, D_t)
+            t_text = gather(t_text)
+            weights = dict(beta=beta, diag=diag, tau=cfg.tau, smooth=cfg.smooth)
+            loss, terms = dark_loss(image, text, scale, t_image, t_text, t_scale, **weights)
+        else:
+            loss = open_clip.ClipLoss()(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale)  # Eq. 1
+            terms = {"clip": loss}
+        if cfg.feature:
+            terms["feature"] = feature_loss(projections, (image, text), (t_image, t_text))
             loss = loss + cfg.feature * terms["feature"]
 
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        with torch.no_grad():  # part of the method, see `dark_loss`; a hair below 100, so that fp32's exp() agrees
+        with torch.no_grad():
+            # Part of the method, see `dark_loss`. A hair below 100, so that exp() in fp32 is not above it.
             student.clip.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
-        failed = (failed if step % per_epoch else []) + bad[bad >= 0].tolist()  # pairs of this epoch and process
-        done, ends = step + 1, (step + 1) % per_epoch == 0
-        if ends or done % cfg.log_every == 0:
-            terms = terms if teacher else {"clip": terms["clip"]}
-            figures = dict(loss=loss, **terms, beta=beta, scale=scale, lr=lr, grad_norm=norm)
-            figures = {name: float(value) for name, value in figures.items()}
-            if not all(map(math.isfinite, figures.values())):
-                fail(f"not finite by step {step}: {figures}", 1)
-            repeated = 1 - len(gather(tokens[0]).unique(dim=0)) / cfg.batch  # false negatives, which are repelled most
-            n_failed = int(gather(torch.tensor([len(failed)], device=device)).sum())
-            if n_failed > n // 100:
-                some = [data.pairs[index][0] for index in failed[:3]]
-                fail(f"{n_failed} images do not decode, more than 1 % of {n}, such as in {some}", 1)
-            log.append(dict(step=step, epoch=step / per_epoch, **figures, repeated=repeated, bad=n_failed))
-            told = " ".join(f"{name} {figures[name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
-            bar.set_postfix_str(told)
-            if ends or bar.disable:
-                tqdm.write(f"epoch {done / per_epoch:.1f}/{cfg.epochs}  step {done}/{total}  {told}")
-        if ends and RANK == 0:
-            state = dict(optimizer=optimizer.state_dict(), projections=projections.state_dict())
-            save(cfg, student, n, epoch=done // per_epoch, log=log, **state)
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
+        undecodable += filter(None, problems)
+        if epoch_ends or done % cfg.log_every == 0:
+            # The one place where the GPU is waited for.
+            figures = dict(loss=loss, **terms, beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
+            record = dict(step=step, epoch=step / steps_per_epoch)
+            record.update(check_step(figures, tokens[0], undecodable, len(data.pairs)))
+            log.append(record)
+            line = " ".join(f"{name} {record[name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
+            bar.set_postfix_str(line)
+            if epoch_ends or bar.disable:
+                tqdm.write(
+                    f"epoch {done / steps_per_epoch:.1f}/{cfg.epochs}  step {done}/{total_steps}  {line}"
+                )
+        if epoch_ends:
+            undecodable = []
+            if RANK == 0:
+                save(cfg, student, run, done // steps_per_epoch, log, optimizer, projections)
     return log
 
 
+def make_loader(cfg, device, data, first_epoch):
+    epochs = range(first_epoch, cfg.epochs)
+    workers = WORKERS if cfg.workers < 0 else cfg.workers
+    return torch.utils.data.DataLoader(
+        data,
+        batch_sampler=batches(len(data.pairs), cfg.batch, epochs, cfg.seed, RANK, WORLD),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        prefetch_factor=1 if workers else None,  # a batch of the paper's run takes 340 MiB of shared memory
+        pin_memory=device.type == "cuda",
+    )
+
+
+def check_step(figures, tokens, undecodable, n_pairs):
+    """The figures as numbers, and what is wrong with the data; too much of that ends the run."""
+    figures = {name: torch.as_tensor(value).item() for name, value in figures.items()}
+    if not all(map(math.isfinite, figures.values())):
+        fail(f"not finite: {figures}", 1)
+    n_bad = int(gather(torch.tensor([len(undecodable)], device=tokens.device)).sum())
+    if n_bad > n_pairs // 100:
+        fail(f"{n_bad} images do not decode, more than 1 % of {n_pairs}, such as {undecodable[:1]}", 1)
+    n_different = len(gather(tokens).unique(dim=0))
+    repeated = 1 - n_different / (WORLD * len(tokens))  # share of equal captions, which are repelled most
+    return dict(**figures, repeated=repeated, bad=n_bad)
+
+
+def make_projections(cfg, student, teacher):
+    """From the student's image and text embeddings to the teacher's width, for the feature-KD row alone."""
+    projections = nn.ModuleList()
+    if cfg.feature:
+        widths = []
+        for model in (student, teacher):
+            tokens = model.tokenizer([""]).to(model.clip.logit_scale.device)
+            widths.append(model.clip.encode_text(tokens).shape[1])
+        projections.extend([nn.Linear(*widths), nn.Linear(*widths)])
+    return projections
+
+
+def feature_loss(projections, embeddings, targets):
+    """Mean squared error of unit embeddings (N, D_t), the student's projected: of images plus of texts."""
+    loss = 0.0
+    for project, embedding, target in zip(projections, embeddings, targets):
+        projected = project(F.normalize(embedding, dim=-1))
+        loss = loss + F.mse_loss(F.normalize(projected, dim=-1), F.normalize(target, dim=-1))
+    return loss
+
+
 def make_optimizer(cfg, parameters):
-    # Biases, norms and gains (also those shaped (C, 1, 1)) and the logit scale are not decayed.
-    matrices, vectors = ([p for p in parameters if (p.squeeze().ndim >= 2) == large] for large in (True, False))
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Biases, norms, gains (also those shaped (C, 1, 1)) and the logit scale are not decayed.
+    matrices = [p for p in parameters if p.squeeze().ndim >= 2]
+    vectors = [p for p in parameters if p.squeeze().ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def draw_curves(log, path):
-    """The weight of the off-diagonal and the loss terms, in nats, over epochs."""
-    figure, buffer = Figure(figsize=(8, 6), layout="constrained"), io.BytesIO()
-    panels = (["beta"], "weight of off"), (["clip", "diag", "off"], "nats")
-    for axis, (names, unit) in zip(figure.subplots(2, 1), panels):
-        for name in (name for name in names if name in log[0]):
-            axis.plot([record["epoch"] for record in log], [record[name] for record in log], label=name)
-        axis.set(xlabel="epoch", ylabel=unit)
+def draw_curves(cfg, log):
+    """curves.png: the weight of the off-diagonal and the terms of the loss over epochs."""
+    epochs = [record["epoch"] for record in log]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
+    for axis, name in ((upper, "beta"), (lower, "clip"), (lower, "diag"), (lower, "off")):
+        if name in log[0]:
+            axis.plot(epochs, [record[name] for record in log], label=name)
+    upper.set_ylabel("weight of off")
+    lower.set_ylabel("nats")
+    for axis in (upper, lower):
+        if cfg.r < 0:
+            axis.axvline(cfg.epochs / (1 - cfg.r), color="gray", linestyle=":", label="beta = 0")
+        axis.set_xlabel("epoch")
         axis.grid()
         axis.legend()
-    figure.savefig(buffer, dpi=120)
-    write_atomically(path, buffer.getbuffer())
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    write_atomically(Path(cfg.out, "curves.png"), picture.getbuffer())
 
 
 # ---------------------------------------------------------------- mistakes, checkpoints, command line
 
 
-def prepare_device(name):
-    """The device of this process; joins the process group when torchrun started several."""
-    name = name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    with user_error(f"--device {name} (valid are auto, cpu, cuda, cuda:N, mps)"):
-        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:  # a core for the loader: OpenMP's threads spin while they wait for one that has none
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    if WORLD > 1:
-        dist.init_process_group()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    return device
-
-
 def fail(message, code=2):
     """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong during a run."""
-    which = f"process {RANK}: " if WORLD > 1 else ""
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {which}{message}", file=sys.stderr)
+    process = f"process {RANK}: " if WORLD > 1 else ""
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {process}{message}", file=sys.stderr)
     sys.exit(code)
 
 
 @contextmanager
 def user_error(what, errors=Exception):
-    """An error of these kinds in here becomes 'what: what the library said' and exit code 2. Only around calls of
-    libraries with what a user gave: a fault of ours keeps its traceback."""
+    """An error of these kinds in here becomes 'what: what the library said' and exit code 2. It stands only
+    around a library's work on what a user gave: a fault of ours keeps its traceback."""
     try:
         yield
     except errors as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        fail(f"{what}: {text.partition('. ')[0][:300]}")  # torch.load's goes on to unsafe advice
+        fail(f"{what}: {text[:300]}")
 
 
 @contextmanager
 def script():
-    """Around every main: Ctrl-C, SIGTERM and what can go wrong at any time end it with one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    """Around every main: Ctrl-C, SIGTERM, and what can go wrong at any time, end it with one line.
+
+    What it sets belongs to the whole process: so an import does not, and it is undone where main ends.
+    """
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's cannot
+            # A line is in the file when it is written, and a path of any bytes can be printed.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
-        loaders = torch.multiprocessing.active_children()
-        for loader in loaders:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed loader an error
+        if RANK == 0:
+            tqdm.write("interrupted", file=sys.stderr)
+        for loader in torch.multiprocessing.active_children():
             loader.kill()
-        sys.stdout.flush()
-        (os._exit if loaders or WORLD > 1 else sys.exit)(130)  # at once: what other processes do may never end
+        if WORLD > 1:
+            os._exit(130)  # at once: the other processes may never answer
+        sys.exit(130)
     except (OSError, MemoryError, subprocess.CalledProcessError) as error:
-        fail(error, 1)
+        fail(str(error).strip().splitlines()[-1], 1)  # a loader's error begins with its traceback
     except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        fail("the loaders need more shared memory: --workers 0, or a larger /dev/shm (docker run --shm-size 2g)", 1)
+        if "shared memory" in str(error):
+            fail("the loaders need more shared memory: --workers 0, or docker run --shm-size 8g", 1)
+        if "by peer" in str(error):
+            fail("another process has ended", 1)
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def ignore_signals(_):
+    """Of a loader: a signal to the whole process group is for the main process to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 FORMAT = "dark-4"
-# How a run is carried out, not what it computes: these may change between a run and its --resume.
-RUN_FIELDS = ("ablation", "out", "workers", "device", "log_every", "resume", "overwrite")
+# How a run is carried out and where its files lie, not what it computes: these may change before a --resume.
+RUN_FIELDS = (
+    "ablation",
+    "data",
+    "teacher_weights",
+    "student_weights",
+    "out",
+    "workers",
+    "device",
+    "log_every",
+)
+RUN_FIELDS = (*RUN_FIELDS, "resume", "overwrite")
 
 
 def write_atomically(path, content):
-    """Writes bytes to a temporary file and renames it: a kill leaves the old file or the new, never half of one."""
+    """Writes bytes to a temporary file and renames it: a kill leaves the old file or the new, never half."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
-def save(cfg, model, n_pairs, **state):
-    """student.pt and log.jsonl. The checkpoint is self-describing: `model_from_checkpoint` needs nothing else. Its
-    `state_dict` is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
-    content = dict(format=FORMAT, architecture=model.name, context_length=model.tokenizer.context_length, **state)
-    content |= dict(preprocess={key: getattr(model, key) for key in PREPROCESS})
-    content |= dict(
-        state_dict=model.clip.state_dict(), config=dataclasses.asdict(cfg) | dict(pairs=n_pairs, processes=WORLD)
+def describe_run(cfg, pairs):
+    """The configuration, and what its files hold: by that a run is recognised, wherever they lie."""
+    digest = hashlib.sha256(json.dumps([(length, caption) for _, _, length, caption in pairs]).encode())
+    for weights in (cfg.teacher_weights, cfg.student_weights):
+        digest.update(Path(weights).read_bytes() if Path(weights).is_file() else weights.encode())
+    run = dict(pairs=len(pairs), processes=WORLD, sha256_of_data_and_weights=digest.hexdigest()[:16])
+    return {**dataclasses.asdict(cfg), **run}
+
+
+def save(cfg, model, run, epoch, log, optimizer, projections):
+    """student.pt and log.jsonl. The checkpoint is all that `model_from_checkpoint` needs, and its `state_dict`
+    is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
+    content = dict(
+        format=FORMAT,
+        architecture=model.name,
+        context_length=model.tokenizer.context_length,
+        preprocess={key: getattr(model, key) for key in PREPROCESS},
+        state_dict=model.clip.state_dict(),
+        config=run,
+        epoch=epoch,
+        log=log,
+        optimizer=optimizer.state_dict(),
+        projections=projections.state_dict(),
     )
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(Path(cfg.out, "log.jsonl"), "".join(json.dumps(x) + "\n" for x in state["log"]).encode())
-    write_atomically(Path(cfg.out, "student.pt"), buffer.getbuffer())  # last: a kill in between repeats the epoch
+    file = io.BytesIO()
+    torch.save(content, file)
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    write_atomically(Path(cfg.out, "log.jsonl"), lines.encode())
+    write_atomically(
+        Path(cfg.out, "student.pt"), file.getbuffer()
+    )  # last: a kill in between repeats the epoch
 
 
 def load_checkpoint(path):
@@ -640,118 +916,166 @@ def model_from_checkpoint(content):
     """The model that `save` was given, in eval mode."""
     model = open_model(content["architecture"], context_length=content["context_length"])
     model.clip.load_state_dict(content["state_dict"])
-    vars(model).update(content["preprocess"])
+    for key, value in content["preprocess"].items():
+        setattr(model, key, value)
     return model.eval()
 
 
-def open_run(cfg, n_pairs):
-    """Holds --out for this process, until the file that it returns is closed, however that happens -> that file; the
-    checkpoint that the run goes on with, or None where it begins and may replace what is there."""
-    path = Path(cfg.out, "student.pt")
-    with user_error(f"--out {cfg.out}", OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_name(f".lock{RANK}"), "w")
+def lock_folder(out):
+    """Makes --out, and keeps every other run out of it until main ends, however that happens."""
+    lock = filelock.FileLock(Path(out, f".lock{RANK}"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"--out {cfg.out}: in use by another run")
-    except OSError as error:  # Lustre and some NFS have no locks
-        tqdm.write(f"--out {cfg.out}: not protected against a second run ({error})")
+        os.makedirs(out, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        fail(f"--out {out}: in use by another run")
+    except OSError as error:
+        fail(f"--out {out}: {error}")
+    return lock
+
+
+def find_checkpoint(cfg):
+    """-> the checkpoint that the run goes on with, or None where it begins and may replace what is there."""
+    path = Path(cfg.out, "student.pt")
     if cfg.overwrite or not path.exists():
-        return lock, None
+        return None
     if not cfg.resume:
         fail(f"--out {cfg.out}: holds a run; --resume goes on with it, --overwrite replaces it")
-    found = load_checkpoint(path)
-    old, now = found["config"], dataclasses.asdict(cfg) | dict(pairs=n_pairs, processes=WORLD)
-    told = [f"{k} was {old.get(k)!r}, is {now[k]!r}" for k in now if now[k] != old.get(k) and k not in RUN_FIELDS]
-    if told:
-        fail(f"--out {cfg.out} holds another run: {', '.join(told)}")
-    return lock, found
+    return load_checkpoint(path)
 
 
-def given(options, argv, description, other=()):
-    """The fields of the dataclass `options` that the command line gives -> a dict. The help is their comments and
-    defaults (in the demonstration: `other`)."""
-    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (see --help)")
-    for field in dataclasses.fields(options):
-        name, more = "--" + field.name.replace("_", "-"), {"type": field.type}
-        if field.type is bool:
-            more = {"action": argparse.BooleanOptionalAction}
-        elif field.type == tuple[str, ...]:
-            more = {"nargs": "+"}
-        elif get_origin(field.type) is Literal:
-            more = {"choices": get_args(field.type)}
-        if "positional" in field.metadata:
-            name, more = field.name, {"nargs": field.metadata["positional"]}
-        also = f"; demonstration: {other[field.name]}" if field.name in other else ""
-        about = f"{help_of[field.name]} [{field.default}{also}]".replace("%", "%%")
-        parser.add_argument(name, default=argparse.SUPPRESS, help=about, **more)
-    return vars(parser.parse_args(argv))
+def check_resume(cfg, run, old):
+    changes = []
+    for key, value in run.items():
+        if key not in RUN_FIELDS and old.get(key) != value:
+            changes.append(f"{key} was {old.get(key)!r}, is {value!r}")
+    if changes:
+        fail(f"--out {cfg.out} holds another run: {', '.join(changes)}")
+
+
+def parse_flags(options, argv, description, default=None):
+    """The command line of the dataclass `options`, by tyro, which makes the help of its comments -> an instance."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(options, args=argv, description=description, default=default)
+    except SystemExit as stop:
+        if stop.code == 0:  # after --help
+            raise
+    # tyro frames what it has to say: here it becomes one line, without the help that follows the first rule.
+    message = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
+    fail(" ".join(message.replace("│", " ").split()) + " (see --help)")
 
 
 def parse_args(argv=None):
-    """-> the configuration. Precedence: flag, --ablation, without --data the demonstration, default."""
-    flags = given(Config, argv, "DARK, arXiv 2603.05421. Without --data: the demonstration.", DEMONSTRATION)
-    cfg = Config(**{**({} if "data" in flags else DEMONSTRATION), **ABLATIONS.get(flags.get("ablation"), {}), **flags})
-    least = dict(batch=2, epochs=1, log_every=1, workers=-1, seed=0, micro_batch=0, context_length=0, warmup=0)
-    least |= dict(tau=1e-12, lr=1e-12, clip_norm=1e-12)
-    for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, int | float) and not least.get(name, -math.inf) <= value < math.inf:
-            fail(f"--{name.replace('_', '-')} {value}: must lie between {least.get(name, '-infinity')} and infinity")
-    for wrong, message in (
-        (cfg.ablation not in ("", *ABLATIONS), f"--ablation {cfg.ablation}: valid are {', '.join(ABLATIONS)}"),
-        (not 0 <= cfg.smooth < 1, f"--smooth {cfg.smooth}: must be at least 0 and less than 1"),
-        (cfg.r_is_end and cfg.beta0 == 0, "--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is"),
-        (cfg.batch % WORLD, f"--batch {cfg.batch}: not divisible by the {WORLD} processes"),
-        (not cfg.student or not cfg.teacher, "--student and --teacher need a name; for no teacher: --ablation no-kd"),
-        (cfg.resume and cfg.overwrite, "--resume and --overwrite: go on with the run in --out, or replace it?"),
-    ):
-        if wrong:
-            fail(message)
+    """-> Config. A flag wins over --ablation, that over the demonstration, and that over the paper's value."""
+    settings = ", ".join(f"--{name} {value}" for name, value in DEMONSTRATION.items())
+    about = f"DARK, arXiv 2603.05421. Without --data the demonstration runs: {settings}".replace("_", "-")
+    given = parse_flags(Config, argv, about)
+    preset = {} if given.data else DEMONSTRATION
+    cfg = parse_flags(Config, argv, about, Config(**{**preset, **ABLATIONS.get(given.ablation, {})}))
+    check_values(cfg)
     if cfg.r_is_end:  # one reading from here on: r is that of Eq. 7, which ends at r * beta0
-        cfg.r, cfg.r_is_end = cfg.r / cfg.beta0, False
+        cfg.r /= cfg.beta0
+        cfg.r_is_end = False
     if not (cfg.beta0 or cfg.feature or (cfg.diag and not cfg.coupled)):
         cfg.teacher = cfg.teacher_weights = ""  # they would have no weight anywhere
     elif not cfg.teacher_weights and ":" not in cfg.teacher:
-        one = "python dark.py --ablation no-kd --student NAME --data ... --out teacher; then --teacher NAME"
-        fail(f"--teacher-weights: needs a PATH or TAG. To train one: {one} --teacher-weights teacher/student.pt")
+        fail(
+            "--teacher-weights: needs a PATH or TAG. To train one: python dark.py --ablation no-kd --student NAME "
+            "--data ... --out teacher; then --teacher NAME --teacher-weights teacher/student.pt"
+        )
     return cfg
+
+
+def check_values(cfg):
+    least = dict(batch=2, epochs=1, log_every=1, workers=-1, tau=1e-12, lr=1e-12, clip_norm=1e-12)
+    least.update(dict.fromkeys(("seed", "micro_batch", "context_length", "warmup"), 0))
+    for name, value in dataclasses.asdict(cfg).items():
+        smallest = least.get(name, -math.inf)
+        if isinstance(value, int | float) and not smallest <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: must be finite and at least {smallest}")
+    if not 0 <= cfg.smooth < 1:
+        fail(f"--smooth {cfg.smooth}: must be at least 0 and less than 1")
+    if cfg.r_is_end and cfg.beta0 == 0:
+        fail("--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is")
+    if cfg.batch % WORLD:
+        fail(f"--batch {cfg.batch}: not divisible by the {WORLD} processes")
+    if not cfg.student or not cfg.teacher:
+        fail("--student and --teacher need a name; for no teacher: --ablation no-kd")
+    if cfg.resume and cfg.overwrite:
+        fail("--resume and --overwrite: go on with the run in --out, or replace it?")
+
+
+def prepare_device(name):
+    """The device of this process; joins the process group where torchrun started several."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with user_error(f"--device {name} (valid are auto, cpu, cuda, cuda:N, mps)"):
+        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # leaves a core to the loader: OpenMP's threads spin while they wait for one that has none
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, CORES - 1)))
+    if WORLD > 1:
+        with user_error(f"WORLD_SIZE is {WORLD}: start with torchrun, or unset it", ValueError):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    return device
+
+
+def introduce(cfg, student, teacher, steps_per_epoch):
+    """What a reader of the first lines should know before the long work."""
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model:
+            seen = f"{model.size} px, mean {model.mean}, std {model.std}, {model.interpolation}"
+            tqdm.write(f"{role} {model.name}, {model.source}: {seen}")
+    if not cfg.student_weights and cfg.lr < 1e-4:
+        tqdm.write(f"student starts at random: --lr {cfg.lr:g} is meant for trained weights, 1e-3 is usual")
+    if teacher:
+        t_scale = teacher.clip.logit_scale.exp().item()
+        advice = "" if 10 <= t_scale / cfg.tau <= 40 else f"; it should be near 20: --tau {t_scale / 20:.2g}"
+        tqdm.write(
+            f"teacher's logit scale / tau: {t_scale:.1f} / {cfg.tau:g} = {t_scale / cfg.tau:.1f}{advice}"
+        )
+    crossing = f", zero at epoch {cfg.epochs / (1 - cfg.r):.1f}" if cfg.r < 0 else ""
+    schedule = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
+    tqdm.write(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {schedule}")
 
 
 @script()
 def main(argv=None):
-    warnings.simplefilter("ignore")  # of torch, on foreign pickles and on `gather`: nothing that a user could change
     cfg = parse_args(argv)
-    device, teacher = prepare_device(cfg.device), None
-    if not cfg.data and RANK == 0 and not PHANTOM.exists():
-        subprocess.run([sys.executable, HERE / "assets/phantom.py", PHANTOM], check=True)
-    if WORLD > 1:
-        dist.barrier()
-    pairs = find_pairs(cfg.data or (f"{PHANTOM}/train-*.tar",))
-    total = cfg.epochs * (len(pairs) // cfg.batch)
-    if cfg.warmup >= total:
-        most = f"--batch {cfg.batch}: at most {len(pairs)}; --warmup {cfg.warmup}: at most {max(total - 1, 0)}"
-        fail(f"{most}, for {len(pairs)} pairs make {total} steps in {cfg.epochs} epochs")
-    lock, found = open_run(cfg, len(pairs))
-    torch.manual_seed(cfg.seed % 2**63)
-    student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
-    if cfg.teacher:
-        weights = str(HERE / TEACHER) if cfg.teacher_weights == TEACHER else cfg.teacher_weights
-        teacher = open_model(cfg.teacher, weights, cfg.context_length).requires_grad_(False).eval().to(device)
-    models = [student, teacher] if teacher else [student]
-    for model in models:
-        seen = f"{model.size} px, mean {model.mean}, std {model.std}, {model.interpolation}"
-        tqdm.write(f"{'student' if model is student else 'teacher'} {model.name}, {model.source}: {seen}")
-    data = Pairs(pairs, cfg.seed, models)
-    crossing = f", zero at epoch {cfg.epochs / (1 - cfg.r):.1f}" if cfg.r < 0 else ""
-    tqdm.write(
-        f"{cfg.epochs} epochs of {total // cfg.epochs} steps; beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
-    )
-    log = train(cfg, device, student, teacher, data, found)
-    if RANK == 0:
-        draw_curves(log, Path(cfg.out, "curves.png"))
+    device = prepare_device(cfg.device)
+    with lock_folder(cfg.out):
+        checkpoint = find_checkpoint(cfg)
+        if not cfg.data and RANK == 0 and not PHANTOM.exists():
+            subprocess.run([sys.executable, HERE / "assets/phantom.py", PHANTOM], check=True)
+        if WORLD > 1:
+            dist.barrier()
+        pairs = find_pairs(cfg.data or (f"{PHANTOM}/train-*.tar",))
+        steps_per_epoch = len(pairs) // cfg.batch
+        total_steps = cfg.epochs * steps_per_epoch
+        if not steps_per_epoch:
+            fail(f"--batch {cfg.batch}: {len(pairs)} pairs make no step; at most {len(pairs)}")
+        if cfg.warmup >= total_steps:
+            fail(f"--warmup {cfg.warmup}: at most {total_steps - 1}, for there are {total_steps} steps")
+        run = describe_run(cfg, pairs)
+        if checkpoint:
+            check_resume(cfg, run, checkpoint["config"])
+
+        torch.manual_seed(cfg.seed % 2**63)
+        student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
+        teacher = None
+        if cfg.teacher:
+            teacher = open_model(cfg.teacher, cfg.teacher_weights, cfg.context_length)
+            teacher.requires_grad_(False).eval().to(device)
+        introduce(cfg, student, teacher, steps_per_epoch)
+        data = Pairs(pairs, cfg.seed, [student, teacher] if teacher else [student])
+        log = train(cfg, device, student, teacher, data, run, checkpoint)
+        if RANK == 0:
+            draw_curves(cfg, log)
     if WORLD > 1:
         dist.destroy_process_group()
 
