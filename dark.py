@@ -1,4 +1,4 @@
-"""DARK: distil a large CLIP into a phone-sized one by imitating its matches and, later, repelling its confusions.
+"""DARK: distil a large CLIP into a phone-sized one: imitate its matches and, later, repel its confusions.
 
     loss = CLIP + diag + beta(t) * off        beta(t) = beta0 * (1 - t/T * (1 - r))
 
@@ -6,18 +6,16 @@
 of `diag` stays 1; that of `off` falls from beta0 > 0 (imitate) through zero to r * beta0 < 0 (repel).
 Paper: arXiv 2603.05421.
 
-    python dark.py --beta0 2 --r -0.8                                    # demonstration, nothing is downloaded
+    python dark.py --beta0 2 --r -0.8                  # the demonstration, which downloads nothing
     python dark.py --data 'shards/{000000..000024}.tar' --context-length 117 --micro-batch 256 \
         --teacher-weights FetalCLIP_weights.pt --student-weights dfndr2b   # the paper's run
-    torchrun --nproc_per_node 4 -- dark.py ...                           # the same on four GPUs, --batch is global
+    torchrun --nproc_per_node 4 -- dark.py ...         # the same on four GPUs; --batch stays that of all
 
 The file reads from top to bottom: configuration; schedules and loss; models; data; training; mistakes,
 checkpoints and command line. To see the method alone, read `dark_loss` and `train`.
 """
 
 import csv
-import dataclasses
-import difflib
 import glob
 import hashlib
 import io
@@ -30,9 +28,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
-from collections import Counter
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -43,28 +42,28 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # torch.distributed does not import it itself
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from braceexpand import braceexpand
-from matplotlib.figure import Figure
+from joblib import cpu_count
 from PIL import Image, ImageEnhance, ImageOps
+from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint as recompute
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK") or 0)  # this and the next three are set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+RANK = int(os.environ.get("RANK") or 0)  # this and the next two are set by torchrun
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-# The cores that this process may use: fewer than the machine has in a container or a Slurm job.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = max(1, min(16, CORES // LOCAL_WORLD - 1))  # processes that read images, by default
+# Processes that read images, by default. joblib counts the cores of this container, job or affinity alone.
+WORKERS = max(1, min(16, cpu_count() // LOCAL_WORLD - 1))
 
 # ---------------------------------------------------------------- configuration
 
-# The rows of Table 3. Coupled rows give both terms one weight, lambda(t) of Eq. 5; r = 1 keeps it constant.
+# The rows of Table 3, as flags; what a row does not name is the default below, which is the row `selective`.
+# Coupled rows give both terms one weight, lambda(t) of Eq. 5; r = 1 keeps it constant.
 ABLATIONS = {
     "no-kd": dict(coupled=True, beta0=0.0, r=1.0),
     "static": dict(coupled=True, beta0=1.0, r=1.0),
@@ -72,16 +71,16 @@ ABLATIONS = {
     "decay": dict(coupled=True, beta0=1.0, r=0.1),
     "full-decay": dict(coupled=True, beta0=1.0, r=0.0),
     "conf-penalty": dict(coupled=True, beta0=1.0, r=0.1, smooth=0.1),
-    "coupled": dict(coupled=True, beta0=1.0, r=-0.8),
-    "selective": dict(beta0=2.0, r=-0.8),
-    "beta4": dict(beta0=4.0, r=-0.8),
-    "beta8": dict(beta0=8.0, r=-0.8),
-    "r-0.5": dict(beta0=2.0, r=-0.5),
-    "r-0.4": dict(beta0=2.0, r=-0.4),
+    "coupled": dict(coupled=True, beta0=1.0),
+    "selective": dict(),
+    "beta4": dict(beta0=4.0),
+    "beta8": dict(beta0=8.0),
+    "r-0.5": dict(r=-0.5),
+    "r-0.4": dict(r=-0.4),
 }
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Every setting, which is also the command line. The defaults are the paper's."""
 
@@ -94,9 +93,7 @@ class Config:
     smooth: float = 0.0  # epsilon of the confidence-penalty row: share of the target that is spread evenly
     feature: float = 0.0  # weight of the feature-KD row's mean squared error (2000 in the paper)
     ablation: Literal[("", *ABLATIONS)] = ""  # a row of Table 3 sets the flags above; a flag beside it wins
-    teacher: str = (
-        "ViT-L-14"  # open_clip name: ViT-L-14 for FetalCLIP, ViT-L-14-quickgelu for OpenAI's weights
-    )
+    teacher: str = "ViT-L-14"  # open_clip name (of FetalCLIP: ViT-L-14; of OpenAI's: ViT-L-14-quickgelu)
     teacher_weights: str = ""  # PATH (a checkpoint of this script, too) or open_clip TAG
     student: str = "MobileCLIP2-S0"  # open_clip name
     student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
@@ -134,16 +131,16 @@ PHANTOM = HERE / "phantom"  # the demonstration's data, which assets/phantom.py 
 # ---------------------------------------------------------------- schedules and loss
 
 
-def beta_at(step: int, total: int, beta0: float, r: float) -> float:
-    """Weight of the off-diagonal at step `step` of `total`, Eq. 7; zero at total / (1 - r). Eq. 5 is the same."""
+def beta_at(step, total, beta0, r):
+    """Weight of the off-diagonal at step `step` of `total`: Eq. 7, and Eq. 5. It is 0 at total / (1 - r)."""
     return beta0 * (1 - step / total * (1 - r))
 
 
-def lr_at(step: int, total: int, peak: float, warmup: int) -> float:
+def lr_at(step, total, peak, warmup):
     """Learning rate of optimizer step `step` of `total`: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, clip=1.0, tau=5.0, smooth=0.0):
@@ -190,14 +187,14 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
 
 
 def gather(x):
-    """(n, d) on each of `world` processes -> (world * n, d) on all of them, with gradient; one process: x itself.
+    """(n, d) on each of `world` processes -> (world * n, d) on all, with gradient. Of one process, x itself.
 
     Every process computes the loss of the whole batch. Backward sums their equal gradients, `world` times
     too much, which DDP's average over the processes takes away again.
     """
     if not dist.is_initialized():
         return x
-    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+    return torch.cat(all_gather(x))
 
 
 # ---------------------------------------------------------------- models
@@ -208,20 +205,16 @@ PREPROCESS = ("size", "mean", "std", "interpolation")
 class Model(nn.Module):
     """An open_clip model with its tokenizer and preprocessing: size in pixels, mean and std in 0..1."""
 
-    def __init__(self, name, clip, tokenizer, preprocess, source):
+    def __init__(self, name, clip, tokenizer, preprocess):
         super().__init__()
         self.name = name
         self.clip = clip
         self.tokenizer = tokenizer
-        self.source = source  # where the weights come from, for people to read
-        for key in PREPROCESS:
-            setattr(self, key, preprocess[key])
+        vars(self).update({key: preprocess[key] for key in PREPROCESS})
 
     def normalize(self, pixels):
         """(n, 3, size, size) in 0..1 -> the same, as the image tower expects it."""
-        mean = pixels.new_tensor(self.mean).view(3, 1, 1)
-        std = pixels.new_tensor(self.std).view(3, 1, 1)
-        return (pixels - mean) / std
+        return normalize(pixels, self.mean, self.std)
 
     def embed(self, pixels, tokens):
         """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D), both fp32."""
@@ -272,14 +265,9 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
     the model's first tag (open_clip itself takes OpenAI's with a path). Over them win `mean` and `std`, such
     as "0.48,0.46,0.41", and `interpolation`.
     """
-    brings_weights = name.startswith("hf-hub:")
-    brings_config = ":" in name  # hf-hub: or local-dir:
-    tag = "" if Path(weights).is_file() else weights
-    if not brings_config:
+    if ":" not in name:  # neither hf-hub:... nor local-dir:...
         name = name.replace("/", "-")
-        if name not in open_clip.list_models():
-            near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0)
-            fail(f"{name!r}: no model of open_clip; near it are {', '.join(near)}")
+    tag = "" if os.path.isfile(weights) else weights
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         fail(f"{weights}: neither a file nor a tag of {name}, which has {', '.join(tags) or 'none'}")
@@ -287,33 +275,29 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
     if tag and listed.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         fail(f"{tag}: was trained with QuickGELU, which {name} does not have; open it as {name}-quickgelu")
 
+    context = context_length or None
     with user_error(f"{name} {tag}: cannot be opened"):
+        # open_clip goes on with random weights where a download fails, unless they are required.
         clip = open_clip.create_model(
-            name,
-            tag or None,
-            force_context_length=context_length or None,
-            # Otherwise open_clip goes on with random weights where a download fails.
-            require_pretrained=bool(tag) or (brings_weights and not weights),
+            name, tag or None, force_context_length=context, require_pretrained=bool(tag)
         )
-        tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
-    preprocess = {**clip.visual.preprocess_cfg, **listed}
+        tokenizer = open_clip.get_tokenizer(name, context_length=context)
+    preprocess = clip.visual.preprocess_cfg | listed
     if weights and not tag:
         preprocess.update(load_weights(clip, name, weights))
     for key, text in (("mean", mean), ("std", std)):
         if text:
-            with user_error(f"--{key} {text}: needs three numbers, such as 0.485,0.456,0.406", ValueError):
-                red, green, blue = map(float, text.split(","))
-            if not math.isfinite(red + green + blue) or (key == "std" and min(red, green, blue) <= 0):
-                fail(f"--{key} {text}: must be finite, and for --std above 0")
-            preprocess[key] = (red, green, blue)
-    preprocess["interpolation"] = interpolation or preprocess["interpolation"]
+            wanted = f"--{key} {text}: needs three numbers, such as 0.485,0.456,0.406, for --std above 0"
+            with user_error(wanted, ValueError):
+                preprocess[key] = red, green, blue = tuple(map(float, text.split(",")))
+            if not math.isfinite(red + green + blue) or (key == "std" and min(preprocess[key]) <= 0):
+                fail(wanted)
+    if interpolation:
+        preprocess["interpolation"] = interpolation
     height, preprocess["size"] = np.broadcast_to(preprocess["size"], 2).tolist()
     if height != preprocess["size"]:
-        fail(
-            f"{name}: takes images of {preprocess['size']} x {height} pixels; only square ones are supported"
-        )
-    source = weights or ("what it brings" if brings_config else "random weights")
-    return Model(name, clip, tokenizer, preprocess, source)
+        fail(f"{name}: takes {preprocess['size']} x {height} pixels; only square images are supported")
+    return Model(name, clip, tokenizer, preprocess)
 
 
 def load_weights(clip, name, path):
@@ -334,12 +318,8 @@ def load_weights(clip, name, path):
             trunk[key.removeprefix("visual.trunk.")] = state.pop(key)
         for key, x in timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk).items():
             state[f"visual.trunk.{key}"] = x
-    position_ids = "text.transformer.embeddings.position_ids"  # a buffer that transformers no longer has
-    if position_ids not in clip.state_dict():
-        state.pop(position_ids, None)
-    architecture = content.get("architecture", name)
-    wrong = (RuntimeError, KeyError, AttributeError, AssertionError)
-    with user_error(f"{path}: a {architecture}, does not fit {name}", wrong):
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that transformers no longer has
+    with user_error(f"{path}: a {content.get('architecture', 'model')}, does not fit {name}"):
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
         state = open_clip.convert.convert_state_dict(clip, state)
         if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
@@ -347,17 +327,16 @@ def load_weights(clip, name, path):
         open_clip.model.resize_pos_embed(state, clip)
         open_clip.model.resize_text_pos_embed(state, clip)
         clip.load_state_dict(state)
-    is_ours = str(content.get("format")).startswith("dark-")
-    return content["preprocess"] if is_ours else {}
+    return content.get("preprocess", {})
 
 
 def find_states(content, where=""):
-    """The CLIPs in nested dictionaries: path of their logit_scale -> (dictionary, prefix of their keys in it)."""
+    """The CLIPs in nested dictionaries: path of a logit_scale -> its dictionary, the prefix of its keys."""
     states = {}
     for key, value in content.items():
         if isinstance(value, dict):
             states.update(find_states(value, f"{where}{key}."))
-        elif isinstance(value, torch.Tensor) and key.endswith("logit_scale"):
+        elif isinstance(value, torch.Tensor) and str(key).endswith("logit_scale"):
             states[where + key] = content, key.removesuffix("logit_scale")
     return states
 
@@ -373,7 +352,7 @@ class Forgotten(list):
 
 
 def read_weights(path):
-    """A file of weights -> the dictionary in it, on the CPU. No code in it runs, and a flipped bit is found."""
+    """A file of weights -> the dictionary in it, on the CPU. No code in it runs; a flipped bit is found."""
     with user_error(path, OSError), open(path, "rb") as file:
         head = file.read(64)
     if head.lstrip().startswith((b"<", b"version https://git-lfs")):
@@ -410,8 +389,11 @@ class Pairs:
         self.tokens = [read_captions(model, pairs) for model in models]
 
     def __getitem__(self, item):
-        """-> for each model an image (S, S, 3) uint8; for each model tokens (context,); "", or why the image,
-        which is black then, does not decode. All models see one view, drawn from seed, epoch and index alone."""
+        """-> for each model a view (S, S, 3) uint8; for each model tokens (context,); a problem, "" for none.
+
+        All models see one view of the image, drawn from seed, epoch and index alone. An image that does not
+        decode is black, and the problem says why.
+        """
         epoch, index = item
         path, offset, length, _ = self.pairs[index]
         with open(path, "rb") as file:
@@ -432,29 +414,22 @@ class Pairs:
 
 
 def read_captions(model, pairs):
-    """-> (n, context) tokens. Tells how many captions are cut off, and how many are alike to this model."""
-    parts = []
-    n_cut = 0
-    for start in tqdm(range(0, len(pairs), 1024), "tokens", leave=False, delay=2, disable=None):
-        tokens, is_cut = tokenize(model.tokenizer, [caption for *_, caption in pairs[start : start + 1024]])
-        parts.append(tokens.int())
-        n_cut += int(is_cut.sum())
-    tokens = torch.cat(parts)
+    """-> (n, context) tokens. Tells how the model sees images, how many captions are cut off or alike."""
+    tokens, is_cut = tokenize(model.tokenizer, [caption for *_, caption in pairs])
     n_repeated = len(tokens) - len(tokens.unique(dim=0))
-    advice = ""
-    if n_repeated > len(tokens) / 10:
-        advice = " (equal captions count as pairs that do not match, and are repelled)"
-    context = model.tokenizer.context_length
-    tqdm.write(
-        f"{model.name}, {context} tokens: {n_cut} captions are cut off, {n_repeated} repeat others{advice}"
-    )
+    print(f"{model.name}: {model.size} px, mean {model.mean}, std {model.std}, {model.interpolation}")
+    print(f"  {tokens.shape[1]} tokens: {is_cut.sum()} captions are cut off, {n_repeated} repeat others")
+    if n_repeated > len(pairs) / 10:
+        print("  equal captions count as pairs that do not match, and are repelled")
     return tokens
 
 
 def tokenize(tokenizer, texts):
     """-> (n, context) tokens, and which of the texts are cut off (n,): they use more of a longer context."""
     tokens = tokenizer(["", *texts])
-    longer = tokenizer(["", *texts], context_length=tokenizer.context_length + 1)
+    longer = tokenizer(
+        tqdm(["", *texts], "tokens", leave=False, delay=2, disable=None), tokenizer.context_length + 1
+    )
     used = (tokens != tokens[0]).sum(1)
     needed = (longer != longer[0]).sum(1)
     return tokens[1:], (needed > used)[1:]
@@ -463,7 +438,8 @@ def tokenize(tokenizer, texts):
 def batches(n, batch, epochs, seed, process=0, world=1):
     """The (epoch, index) items of every step of `epochs`, this process's share of each batch.
 
-    An epoch is a permutation drawn from (seed, epoch) without its incomplete batch: no batch holds a pair twice.
+    An epoch is a permutation drawn from (seed, epoch), without its incomplete batch. So no batch holds a pair
+    twice; two pairs with equal captions it may hold.
     """
     for epoch in epochs:
         order = np.random.default_rng([seed, epoch]).permutation(n)[: n // batch * batch]
@@ -485,7 +461,7 @@ def augment(image, key):
 
 
 def square(image, size, interpolation):
-    """An opened image of any Pillow mode -> RGB, upright (EXIF), padded with black to a centred square, resized."""
+    """An opened image of any Pillow mode -> RGB, upright (EXIF), centred in a black square, resized."""
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
@@ -493,85 +469,75 @@ def square(image, size, interpolation):
         pass
     if image.mode[0] in "IF":  # I, I;16, I;16B, F: deep greys, which Pillow's own convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        depths = [1, 255, 4095, 65535] if image.mode == "F" else [255, 4095, 65535]
-        white = min([depth for depth in depths if depth >= values.max()], default=values.max())
+        top = values.max()
+        white = next((white for white in (1, 255, 4095, 65535) if white >= top), top)
         image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
     side = max(image.size)
-    pixels = np.array(ImageOps.pad(image.convert("RGB"), (side, side)))  # (side, side, 3)
+    pixels = pil_to_tensor(ImageOps.pad(image.convert("RGB"), (side, side)))  # (3, side, side)
     # torch gives Pillow's pixels, some of them 1 of 255 off, in a tenth of Pillow's time.
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    pixels = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)[0]
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pixels = F.interpolate(pixels[None], (size, size), mode=interpolation, antialias=True)[0]
+    return to_pil_image(pixels)
 
 
 def find_pairs(sources):
-    """--data -> a list of (path, offset and length of the image in it, caption); tells what it leaves out."""
+    """--data -> a list of (path, offset and length of the image in it, caption)."""
     pairs = []
-    left_out = Counter()
     for source in sources:
-        with user_error(f"--data {source}"):
-            patterns = list(braceexpand(source))
-        for pattern in patterns:
+        for pattern in braceexpand(source):
             for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
                 if not os.path.exists(path):
                     fail(f"--data {path}: is not there")
-                if path.lower().endswith((".csv", ".tsv", ".txt")):
-                    pairs += find_in_table(path)
-                else:
-                    pairs += find_in_tar(path, left_out)
-    n_empty = sum(not caption for *_, caption in pairs)
-    reasons = [f"; left out: {count} {reason}" for reason, count in left_out.items() if count]
-    tqdm.write(f"{len(pairs)} pairs, {n_empty} with an empty caption{''.join(reasons)}")
+                is_table = path.lower().endswith((".csv", ".tsv", ".txt"))
+                pairs += find_in_table(path) if is_table else find_in_tar(path)
+    print(f"{len(pairs)} pairs, {[caption for *_, caption in pairs].count('')} with an empty caption")
     return pairs
 
 
 def find_in_table(path):
-    """Columns `image` and `caption`, or open_clip's `filepath` and `title`; images are relative to the table."""
+    """Columns `image`, relative to the table, and `caption`; or open_clip's `filepath` and `title`."""
     pairs = []
     for name, caption in read_table(path, ("image", "caption"), ("filepath", "title")):
         image = os.path.join(os.path.dirname(path), name)
-        length = os.path.getsize(image) if os.path.isfile(image) else -1
-        pairs.append((image, 0, length, caption))
-    missing = [image for image, _, length, _ in pairs if length < 0]
-    if missing:
-        fail(f"--data {path}: {len(missing)} images are not there, the first is {missing[0]}")
+        if not os.path.isfile(image):
+            fail(f"--data {path}: the image {image} is not there")
+        pairs.append((image, 0, os.path.getsize(image), caption))
     return pairs
 
 
-def find_in_tar(path, left_out):
-    """A WebDataset shard: a key, up to the first dot, is one image and one txt; other members are passed over."""
-    keys = {}  # key -> its members, by "image" and "txt"
+def find_in_tar(path):
+    """A WebDataset shard: a pair's image and txt have one key, which ends at the first dot of their names."""
+    images = {}
+    texts = {}
     pairs = []
-    about = f"--data {path}: neither a table (.csv, .tsv, .txt) nor a plain tar"
-    with user_error(about, (OSError, tarfile.TarError)), tarfile.open(path, "r:") as tar:
+    with (
+        user_error(f"--data {path}: neither a table (.csv, .tsv, .txt) nor a plain tar"),
+        tarfile.open(path, "r:") as tar,
+    ):
         for member in tar:
-            name = re.fullmatch(r"(.+)\.(txt|jpe?g|png|webp)", member.name, re.IGNORECASE)
-            if name and member.isfile():
-                kind = "txt" if name[2].lower() == "txt" else "image"
-                members = keys.setdefault(name[1], {})
-                if kind in members:
-                    fail(f"--data {path}: key {name[1]} has more than one {kind}")
-                members[kind] = member
-        # tarfile takes a cut between two members for the end; a whole archive ends in blocks of zeros.
+            key, extension = os.path.splitext(member.name)
+            if member.isfile() and extension.lower() == ".txt":
+                texts[key] = tar.extractfile(member).read()
+            elif member.isfile() and extension.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+                if key in images:
+                    fail(f"--data {path}: key {key} has more than one image")
+                images[key] = member
+        # tarfile takes a cut between two members for the end, and passes over a second tar behind it.
         tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(512) != bytes(512):
-            fail(f"--data {path}: truncated or damaged, the end-of-archive mark is missing")
-        if any(tar.fileobj.read(2**20)):
-            left_out["tars behind the end mark of another in one file"] += 1
-        for key, members in keys.items():
-            if "." in os.path.basename(key):
-                left_out["keys with a dot"] += 1
-            elif "txt" not in members:
-                left_out["keys without a txt"] += 1
-            elif "image" not in members:
-                left_out["keys without an image (jpg, jpeg, png, webp; no link)"] += 1
-            else:
-                text = tar.extractfile(members["txt"]).read()
-                with user_error(f"--data {path}: {key}.txt is not UTF-8", UnicodeDecodeError):
-                    caption = text.decode("utf-8-sig").strip()
-                pairs.append((path, members["image"].offset_data, members["image"].size, caption))
-    if not pairs:
-        fail(f"--data {path}: no pair of an image (jpg, jpeg, png, webp) and a txt with the same key")
+        rest = tar.fileobj.read(2**20)
+    if len(rest) < 512 or any(rest):
+        fail(
+            f"--data {path}: truncated, or another tar lies behind it: only zeros may follow the last member"
+        )
+    for key, image in images.items():
+        if key in texts and "." not in os.path.basename(key):
+            with user_error(f"--data {path}: {key}.txt is not UTF-8", UnicodeDecodeError):
+                caption = texts[key].decode("utf-8-sig").strip()
+            pairs.append((path, image.offset_data, image.size, caption))
+    n_left_out = len(images.keys() | texts.keys()) - len(pairs)
+    if n_left_out:
+        print(
+            f"{path}: {n_left_out} keys left out: they have a dot, no txt, or no image (jpg, jpeg, png, webp)"
+        )
     return pairs
 
 
@@ -580,31 +546,22 @@ def read_table(path, *choices):
 
     The separator is `,` `;` or tab, whichever the header has most of, whatever the file is called.
     """
-    if not os.path.exists(path):
-        fail(f"{path}: is not there")
-    with user_error(f"{path}: no table in UTF-8", (OSError, UnicodeDecodeError)):
+    with user_error(path):
         text = Path(path).read_text(encoding="utf-8-sig")
-    header, *lines = text.splitlines() or [""]
-    separator = max(",;\t", key=header.count)
-    # Between tabs a quotation mark is most often just that, unless it holds a line break together.
-    is_literal = separator == "\t" and {line.count("\t") for line in lines if line} <= {header.count("\t")}
-    quoting = csv.QUOTE_NONE if is_literal else csv.QUOTE_MINIMAL
-    rows = []
-    with user_error(f"{path}: no table", csv.Error):
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        # Between tabs a quotation mark is most often just that: the first character of a caption.
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        fitting = [columns for columns in choices if set(columns) <= set(reader.fieldnames)]
-        if not fitting:
-            fail(f"{path}: has none of the columns {' or '.join(map(str, choices))} in its header")
-        for row in reader:
-            if None in row or None in row.values():
-                fail(
-                    f"{path}: line {reader.line_num}: has not {len(reader.fieldnames)} values, as the header"
-                )
-            rows.append(tuple(row[column].strip() for column in fitting[0]))
-    if not rows:
-        fail(f"{path}: has no rows")
-    return rows
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        rows = list(reader)
+    fitting = [columns for columns in choices if set(columns) <= set(header)]
+    if not fitting or not rows:
+        fail(f"{path}: has no rows, or none of the columns {' or '.join(map(str, choices))} in its header")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            fail(f"{path}: line {number} or near: needs {len(header)} values, as the header has")
+    return [[row[column].strip() for column in fitting[0]] for row in rows]
 
 
 # ---------------------------------------------------------------- training
@@ -620,14 +577,16 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
     """
     steps_per_epoch = len(data.pairs) // cfg.batch
     total_steps = cfg.epochs * steps_per_epoch  # T of Eq. 5 and 7
-    micro_batch = cfg.micro_batch or cfg.batch // WORLD
+    micro_batch = cfg.micro_batch or cfg.batch
 
+    projections = make_projections(cfg, student, teacher).to(device)
     student.to(device).train()
+    if teacher:
+        teacher.to(device)
     if device.type == "cuda":
         # Together they make the student 1.64 times faster (NVIDIA H200, PyTorch 2.11); neither does alone.
         torch.backends.cudnn.benchmark = True
         student.clip.visual.to(memory_format=torch.channels_last)
-    projections = make_projections(cfg, student, teacher).to(device)
     parameters = [*student.parameters(), *projections.parameters()]
     optimizer = make_optimizer(cfg, parameters)
     first_epoch = 0
@@ -642,10 +601,19 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
     if WORLD > 1:
         # A static graph: else DDP waits for parameters without a gradient (CoCa's decoder, SigLIP's bias).
         model = nn.parallel.DistributedDataParallel(student, static_graph=True)
-    loader = make_loader(cfg, device, data, first_epoch)
+    epochs = range(first_epoch, cfg.epochs)
+    workers = WORKERS if cfg.workers < 0 else cfg.workers
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=batches(len(data.pairs), cfg.batch, epochs, cfg.seed, RANK, WORLD),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        prefetch_factor=1 if workers else None,  # a batch of the paper's run takes 340 MiB of shared memory
+        pin_memory=device.type == "cuda",
+    )
     first_step = first_epoch * steps_per_epoch
-    hidden = True if RANK > 0 else None  # None: shown on a terminal
-    bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=hidden, dynamic_ncols=True)
+    # A bar is shown on a terminal alone (None), and by one process.
+    bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=RANK > 0 or None, dynamic_ncols=True)
     undecodable = []  # of this epoch's images in this process, why
 
     for step, (pixels, tokens, problems) in enumerate(bar, first_step):
@@ -666,10 +634,10 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
                 t_image, t_text, t_scale = teacher(pixels[1], tokens[1], micro_batch)
             t_image = gather(t_image)  # (N, D_t)
             t_text = gather(t_text)
-            weights = dict(beta=beta, diag=diag, tau=cfg.tau, smooth=cfg.smooth)
-            loss, terms = dark_loss(image, text, scale, t_image, t_text, t_scale, **weights)
+            embeddings = (image, text, scale, t_image, t_text, t_scale)
+            loss, terms = dark_loss(*embeddings, beta=beta, diag=diag, tau=cfg.tau, smooth=cfg.smooth)
         else:
-            loss = open_clip.ClipLoss()(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale)  # Eq. 1
+            loss = open_clip.ClipLoss()(F.normalize(image), F.normalize(text), scale)  # Eq. 1
             terms = {"clip": loss}
         if cfg.feature:
             terms["feature"] = feature_loss(projections, (image, text), (t_image, t_text))
@@ -685,63 +653,43 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
             # Part of the method, see `dark_loss`. A hair below 100, so that exp() in fp32 is not above it.
             student.clip.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
+        undecodable += filter(None, problems)
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
-        undecodable += filter(None, problems)
         if epoch_ends or done % cfg.log_every == 0:
             # The one place where the GPU is waited for.
-            figures = dict(loss=loss, **terms, beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
-            record = dict(step=step, epoch=step / steps_per_epoch)
-            record.update(check_step(figures, tokens[0], undecodable, len(data.pairs)))
-            log.append(record)
-            line = " ".join(f"{name} {record[name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
-            bar.set_postfix_str(line)
-            if epoch_ends or bar.disable:
-                tqdm.write(
-                    f"epoch {done / steps_per_epoch:.1f}/{cfg.epochs}  step {done}/{total_steps}  {line}"
-                )
+            figures = dict(step=step, epoch=step / steps_per_epoch, loss=loss, **terms)
+            figures.update(beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
+            log.append(make_record(figures, tokens[0], undecodable, data))
+            line = " ".join(f"{name} {log[-1][name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
+            tqdm.write(f"epoch {done / steps_per_epoch:.1f}/{cfg.epochs}  step {done}/{total_steps}  {line}")
         if epoch_ends:
             undecodable = []
-            if RANK == 0:
-                save(cfg, student, run, done // steps_per_epoch, log, optimizer, projections)
-    return log
+            save(cfg, student, run, done // steps_per_epoch, log, optimizer, projections)
 
 
-def make_loader(cfg, device, data, first_epoch):
-    epochs = range(first_epoch, cfg.epochs)
-    workers = WORKERS if cfg.workers < 0 else cfg.workers
-    return torch.utils.data.DataLoader(
-        data,
-        batch_sampler=batches(len(data.pairs), cfg.batch, epochs, cfg.seed, RANK, WORLD),
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        prefetch_factor=1 if workers else None,  # a batch of the paper's run takes 340 MiB of shared memory
-        pin_memory=device.type == "cuda",
-    )
-
-
-def check_step(figures, tokens, undecodable, n_pairs):
-    """The figures as numbers, and what is wrong with the data; too much of that ends the run."""
-    figures = {name: torch.as_tensor(value).item() for name, value in figures.items()}
-    if not all(map(math.isfinite, figures.values())):
-        fail(f"not finite: {figures}", 1)
-    n_bad = int(gather(torch.tensor([len(undecodable)], device=tokens.device)).sum())
-    if n_bad > n_pairs // 100:
-        fail(f"{n_bad} images do not decode, more than 1 % of {n_pairs}, such as {undecodable[:1]}", 1)
-    n_different = len(gather(tokens).unique(dim=0))
-    repeated = 1 - n_different / (WORLD * len(tokens))  # share of equal captions, which are repelled most
-    return dict(**figures, repeated=repeated, bad=n_bad)
+def make_record(figures, tokens, undecodable, data):
+    """A line of log.jsonl. A figure that is not finite, or too many broken images, end the run."""
+    record = {name: torch.as_tensor(value).item() for name, value in figures.items()}
+    if not all(map(math.isfinite, record.values())):
+        fail(f"not finite: {record}", 1)
+    n_bad = gather(tokens.new_tensor([len(undecodable)])).sum().item()
+    if n_bad > len(data.pairs) // 100:
+        fail(
+            f"{n_bad} of {len(data.pairs)} images do not decode, more than 1 %, such as {undecodable[:1]}", 1
+        )
+    tokens = gather(tokens)
+    repeated = 1 - len(tokens.unique(dim=0)) / len(tokens)  # share of equal captions, which are repelled most
+    return record | dict(repeated=repeated, bad=n_bad)
 
 
 def make_projections(cfg, student, teacher):
     """From the student's image and text embeddings to the teacher's width, for the feature-KD row alone."""
     projections = nn.ModuleList()
     if cfg.feature:
-        widths = []
-        for model in (student, teacher):
-            tokens = model.tokenizer([""]).to(model.clip.logit_scale.device)
-            widths.append(model.clip.encode_text(tokens).shape[1])
-        projections.extend([nn.Linear(*widths), nn.Linear(*widths)])
+        width = lambda model: model.clip.encode_text(model.tokenizer([""])).shape[1]
+        for _ in ("image", "text"):
+            projections.append(nn.Linear(width(student), width(teacher)))
     return projections
 
 
@@ -749,8 +697,8 @@ def feature_loss(projections, embeddings, targets):
     """Mean squared error of unit embeddings (N, D_t), the student's projected: of images plus of texts."""
     loss = 0.0
     for project, embedding, target in zip(projections, embeddings, targets):
-        projected = project(F.normalize(embedding, dim=-1))
-        loss = loss + F.mse_loss(F.normalize(projected, dim=-1), F.normalize(target, dim=-1))
+        projected = project(F.normalize(embedding))
+        loss = loss + F.mse_loss(F.normalize(projected), F.normalize(target))
     return loss
 
 
@@ -762,35 +710,14 @@ def make_optimizer(cfg, parameters):
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def draw_curves(cfg, log):
-    """curves.png: the weight of the off-diagonal and the terms of the loss over epochs."""
-    epochs = [record["epoch"] for record in log]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1)
-    for axis, name in ((upper, "beta"), (lower, "clip"), (lower, "diag"), (lower, "off")):
-        if name in log[0]:
-            axis.plot(epochs, [record[name] for record in log], label=name)
-    upper.set_ylabel("weight of off")
-    lower.set_ylabel("nats")
-    for axis in (upper, lower):
-        if cfg.r < 0:
-            axis.axvline(cfg.epochs / (1 - cfg.r), color="gray", linestyle=":", label="beta = 0")
-        axis.set_xlabel("epoch")
-        axis.grid()
-        axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write_atomically(Path(cfg.out, "curves.png"), picture.getbuffer())
+    return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 # ---------------------------------------------------------------- mistakes, checkpoints, command line
 
 
 def fail(message, code=2):
-    """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong during a run."""
+    """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong in a run."""
     process = f"process {RANK}: " if WORLD > 1 else ""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {process}{message}", file=sys.stderr)
     sys.exit(code)
@@ -804,35 +731,37 @@ def user_error(what, errors=Exception):
         yield
     except errors as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        fail(f"{what}: {text[:300]}")
+        # torch.load would go on to advise its unsafe mode.
+        fail(f"{what}: {text.partition(' This file can still be loaded')[0]}")
 
 
 @contextmanager
 def script():
     """Around every main: Ctrl-C, SIGTERM, and what can go wrong at any time, end it with one line.
 
-    What it sets belongs to the whole process: so an import does not, and it is undone where main ends.
+    What it sets belongs to the whole process, so that an import must not set it.
     """
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's cannot
-            # A line is in the file when it is written, and a path of any bytes can be printed.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.filterwarnings(
+        "ignore", "Grad strides|.*all_gather is deprecated"
+    )  # by DDP and `gather`, harmless
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        # A line is in the file when it is written, and a path of any bytes can be printed, as on stderr.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed loader an error
-        if RANK == 0:
-            tqdm.write("interrupted", file=sys.stderr)
+        tqdm.write("interrupted", file=sys.stderr)
         for loader in torch.multiprocessing.active_children():
             loader.kill()
         if WORLD > 1:
             os._exit(130)  # at once: the other processes may never answer
         sys.exit(130)
     except (OSError, MemoryError, subprocess.CalledProcessError) as error:
-        fail(str(error).strip().splitlines()[-1], 1)  # a loader's error begins with its traceback
+        message = str(error).strip() or type(error).__name__
+        fail(message.splitlines()[-1], 1)  # a loader's error begins with its traceback
     except RuntimeError as error:
         if "shared memory" in str(error):
             fail("the loaders need more shared memory: --workers 0, or docker run --shm-size 8g", 1)
@@ -841,7 +770,6 @@ def script():
         raise
     finally:
         logging.disable(logging.NOTSET)
-        signal.signal(signal.SIGTERM, handler)
 
 
 def ignore_signals(_):
@@ -861,8 +789,9 @@ RUN_FIELDS = (
     "workers",
     "device",
     "log_every",
+    "resume",
+    "overwrite",
 )
-RUN_FIELDS = (*RUN_FIELDS, "resume", "overwrite")
 
 
 def write_atomically(path, content):
@@ -874,16 +803,17 @@ def write_atomically(path, content):
 
 def describe_run(cfg, pairs):
     """The configuration, and what its files hold: by that a run is recognised, wherever they lie."""
-    digest = hashlib.sha256(json.dumps([(length, caption) for _, _, length, caption in pairs]).encode())
-    for weights in (cfg.teacher_weights, cfg.student_weights):
-        digest.update(Path(weights).read_bytes() if Path(weights).is_file() else weights.encode())
-    run = dict(pairs=len(pairs), processes=WORLD, sha256_of_data_and_weights=digest.hexdigest()[:16])
-    return {**dataclasses.asdict(cfg), **run}
+    digest = hashlib.sha256(repr([pair[2:] for pair in pairs]).encode())
+    if os.path.isfile(cfg.teacher_weights):
+        digest.update(Path(cfg.teacher_weights).read_bytes())
+    return vars(cfg) | dict(pairs=len(pairs), processes=WORLD, sha256=digest.hexdigest())
 
 
 def save(cfg, model, run, epoch, log, optimizer, projections):
-    """student.pt and log.jsonl. The checkpoint is all that `model_from_checkpoint` needs, and its `state_dict`
-    is open_clip's, so that the file itself can be given to --teacher-weights or --student-weights."""
+    """Writes student.pt and log.jsonl. `model_from_checkpoint` needs nothing else, and --teacher-weights and
+    --student-weights take the file, whose `state_dict` is open_clip's."""
+    if RANK > 0:
+        return
     content = dict(
         format=FORMAT,
         architecture=model.name,
@@ -916,64 +846,52 @@ def model_from_checkpoint(content):
     """The model that `save` was given, in eval mode."""
     model = open_model(content["architecture"], context_length=content["context_length"])
     model.clip.load_state_dict(content["state_dict"])
-    for key, value in content["preprocess"].items():
-        setattr(model, key, value)
+    vars(model).update(content["preprocess"])
     return model.eval()
 
 
 def lock_folder(out):
     """Makes --out, and keeps every other run out of it until main ends, however that happens."""
-    lock = filelock.FileLock(Path(out, f".lock{RANK}"))
-    try:
+    lock = filelock.FileLock(Path(out, f".lock{RANK}"), timeout=0)
+    with user_error(f"--out {out}: cannot be written, or is in use by another run", OSError):
         os.makedirs(out, exist_ok=True)
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        fail(f"--out {out}: in use by another run")
-    except OSError as error:
-        fail(f"--out {out}: {error}")
+        lock.acquire()
     return lock
 
 
-def find_checkpoint(cfg):
+def find_checkpoint(cfg, run):
     """-> the checkpoint that the run goes on with, or None where it begins and may replace what is there."""
     path = Path(cfg.out, "student.pt")
     if cfg.overwrite or not path.exists():
         return None
     if not cfg.resume:
         fail(f"--out {cfg.out}: holds a run; --resume goes on with it, --overwrite replaces it")
-    return load_checkpoint(path)
-
-
-def check_resume(cfg, run, old):
-    changes = []
+    checkpoint = load_checkpoint(path)
     for key, value in run.items():
-        if key not in RUN_FIELDS and old.get(key) != value:
-            changes.append(f"{key} was {old.get(key)!r}, is {value!r}")
-    if changes:
-        fail(f"--out {cfg.out} holds another run: {', '.join(changes)}")
+        old = checkpoint["config"].get(key)
+        if old != value and key not in RUN_FIELDS:
+            fail(f"--out {cfg.out} holds another run: {key} was {old!r}, is {value!r}")
+    return checkpoint
 
 
 def parse_flags(options, argv, description, default=None):
-    """The command line of the dataclass `options`, by tyro, which makes the help of its comments -> an instance."""
+    """The command line of the dataclass `options` -> an instance. tyro makes its help of the comments."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
             return tyro.cli(options, args=argv, description=description, default=default)
     except SystemExit as stop:
-        if stop.code == 0:  # after --help
-            raise
-    # tyro frames what it has to say: here it becomes one line, without the help that follows the first rule.
-    message = re.split("─{9,}", box.getvalue().partition("╮")[2])[0]
-    fail(" ".join(message.replace("│", " ").split()) + " (see --help)")
+        if stop.code:  # tyro frames what is wrong with a box: here it becomes one line
+            fail(re.sub(r"[╭╮╰╯│─\s]+|-{9,}", " ", box.getvalue()).strip())
+        raise
 
 
 def parse_args(argv=None):
-    """-> Config. A flag wins over --ablation, that over the demonstration, and that over the paper's value."""
-    settings = ", ".join(f"--{name} {value}" for name, value in DEMONSTRATION.items())
-    about = f"DARK, arXiv 2603.05421. Without --data the demonstration runs: {settings}".replace("_", "-")
+    """-> Config. A flag wins over --ablation, that over the demonstration, that over the paper's value."""
+    about = f"DARK, arXiv 2603.05421. Without --data, these defaults are replaced: {DEMONSTRATION}"
     given = parse_flags(Config, argv, about)
     preset = {} if given.data else DEMONSTRATION
-    cfg = parse_flags(Config, argv, about, Config(**{**preset, **ABLATIONS.get(given.ablation, {})}))
+    cfg = parse_flags(Config, argv, about, Config(**(preset | ABLATIONS.get(given.ablation, {}))))
     check_values(cfg)
     if cfg.r_is_end:  # one reading from here on: r is that of Eq. 7, which ends at r * beta0
         cfg.r /= cfg.beta0
@@ -982,27 +900,39 @@ def parse_args(argv=None):
         cfg.teacher = cfg.teacher_weights = ""  # they would have no weight anywhere
     elif not cfg.teacher_weights and ":" not in cfg.teacher:
         fail(
-            "--teacher-weights: needs a PATH or TAG. To train one: python dark.py --ablation no-kd --student NAME "
-            "--data ... --out teacher; then --teacher NAME --teacher-weights teacher/student.pt"
+            "--teacher-weights: needs a PATH or TAG. To train a teacher: python dark.py --ablation no-kd "
+            "--student NAME --data X --out teacher, and --teacher NAME --teacher-weights teacher/student.pt"
         )
     return cfg
 
 
 def check_values(cfg):
-    least = dict(batch=2, epochs=1, log_every=1, workers=-1, tau=1e-12, lr=1e-12, clip_norm=1e-12)
-    least.update(dict.fromkeys(("seed", "micro_batch", "context_length", "warmup"), 0))
-    for name, value in dataclasses.asdict(cfg).items():
+    least = dict(
+        batch=2,
+        epochs=1,
+        log_every=1,
+        workers=-1,
+        seed=0,
+        micro_batch=0,
+        context_length=0,
+        warmup=0,
+        smooth=0,
+        tau=1e-12,
+        lr=1e-12,
+        clip_norm=1e-12,
+    )
+    for name, value in vars(cfg).items():
         smallest = least.get(name, -math.inf)
         if isinstance(value, int | float) and not smallest <= value < math.inf:
             fail(f"--{name.replace('_', '-')} {value}: must be finite and at least {smallest}")
-    if not 0 <= cfg.smooth < 1:
-        fail(f"--smooth {cfg.smooth}: must be at least 0 and less than 1")
-    if cfg.r_is_end and cfg.beta0 == 0:
+    if cfg.smooth >= 1:
+        fail(f"--smooth {cfg.smooth}: must be less than 1")
+    if cfg.r_is_end and not cfg.beta0:
         fail("--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is")
     if cfg.batch % WORLD:
         fail(f"--batch {cfg.batch}: not divisible by the {WORLD} processes")
-    if not cfg.student or not cfg.teacher:
-        fail("--student and --teacher need a name; for no teacher: --ablation no-kd")
+    if not cfg.teacher:
+        fail("--teacher: needs a name; for no teacher: --ablation no-kd")
     if cfg.resume and cfg.overwrite:
         fail("--resume and --overwrite: go on with the run in --out, or replace it?")
 
@@ -1012,11 +942,13 @@ def prepare_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with user_error(f"--device {name} (valid are auto, cpu, cuda, cuda:N, mps)"):
-        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
+        device = torch.zeros(
+            1, device=f"cuda:{RANK % torch.cuda.device_count()}" if name == "cuda" else name
+        ).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # leaves a core to the loader: OpenMP's threads spin while they wait for one that has none
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, CORES - 1)))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cpu_count() - 1)))
     if WORLD > 1:
         with user_error(f"WORLD_SIZE is {WORLD}: start with torchrun, or unset it", ValueError):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1025,23 +957,21 @@ def prepare_device(name):
     return device
 
 
-def introduce(cfg, student, teacher, steps_per_epoch):
-    """What a reader of the first lines should know before the long work."""
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model:
-            seen = f"{model.size} px, mean {model.mean}, std {model.std}, {model.interpolation}"
-            tqdm.write(f"{role} {model.name}, {model.source}: {seen}")
+def introduce(cfg, teacher, steps_per_epoch):
+    """What a user should know before the long work."""
+    print(f"student {cfg.student}, weights: {cfg.student_weights or 'none given'}")
     if not cfg.student_weights and cfg.lr < 1e-4:
-        tqdm.write(f"student starts at random: --lr {cfg.lr:g} is meant for trained weights, 1e-3 is usual")
+        print(f"student starts at random: --lr {cfg.lr:g} is meant for trained weights, 1e-3 is usual")
     if teacher:
         t_scale = teacher.clip.logit_scale.exp().item()
-        advice = "" if 10 <= t_scale / cfg.tau <= 40 else f"; it should be near 20: --tau {t_scale / 20:.2g}"
-        tqdm.write(
-            f"teacher's logit scale / tau: {t_scale:.1f} / {cfg.tau:g} = {t_scale / cfg.tau:.1f}{advice}"
+        advice = (
+            "" if 10 < t_scale / cfg.tau < 40 else f", far from 20, as --tau {t_scale / 20:.2g} would give"
         )
+        print(f"teacher {cfg.teacher}, weights: {cfg.teacher_weights or 'its own'}")
+        print(f"teacher's logit scale / tau: {t_scale:.1f} / {cfg.tau:g} = {t_scale / cfg.tau:.1f}{advice}")
     crossing = f", zero at epoch {cfg.epochs / (1 - cfg.r):.1f}" if cfg.r < 0 else ""
     schedule = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
-    tqdm.write(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {schedule}")
+    print(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {schedule}")
 
 
 @script()
@@ -1049,33 +979,32 @@ def main(argv=None):
     cfg = parse_args(argv)
     device = prepare_device(cfg.device)
     with lock_folder(cfg.out):
-        checkpoint = find_checkpoint(cfg)
         if not cfg.data and RANK == 0 and not PHANTOM.exists():
             subprocess.run([sys.executable, HERE / "assets/phantom.py", PHANTOM], check=True)
         if WORLD > 1:
             dist.barrier()
         pairs = find_pairs(cfg.data or (f"{PHANTOM}/train-*.tar",))
         steps_per_epoch = len(pairs) // cfg.batch
-        total_steps = cfg.epochs * steps_per_epoch
         if not steps_per_epoch:
             fail(f"--batch {cfg.batch}: {len(pairs)} pairs make no step; at most {len(pairs)}")
-        if cfg.warmup >= total_steps:
-            fail(f"--warmup {cfg.warmup}: at most {total_steps - 1}, for there are {total_steps} steps")
+        if cfg.warmup >= cfg.epochs * steps_per_epoch:
+            fail(
+                f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, one less than all steps"
+            )
         run = describe_run(cfg, pairs)
-        if checkpoint:
-            check_resume(cfg, run, checkpoint["config"])
+        checkpoint = find_checkpoint(cfg, run)
 
-        torch.manual_seed(cfg.seed % 2**63)
+        torch.manual_seed(cfg.seed)
         student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
         teacher = None
         if cfg.teacher:
             teacher = open_model(cfg.teacher, cfg.teacher_weights, cfg.context_length)
-            teacher.requires_grad_(False).eval().to(device)
-        introduce(cfg, student, teacher, steps_per_epoch)
+            teacher.eval().requires_grad_(False)
+        introduce(cfg, teacher, steps_per_epoch)
         data = Pairs(pairs, cfg.seed, [student, teacher] if teacher else [student])
-        log = train(cfg, device, student, teacher, data, run, checkpoint)
+        train(cfg, device, student, teacher, data, run, checkpoint)
         if RANK == 0:
-            draw_curves(cfg, log)
+            subprocess.run([sys.executable, HERE / "assets/curves.py", cfg.out], check=True)
     if WORLD > 1:
         dist.destroy_process_group()
 
