@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ from joblib import cpu_count
 from PIL import Image, ImageEnhance, ImageOps
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint as recompute
-from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -214,7 +215,9 @@ class Model(nn.Module):
 
     def normalize(self, pixels):
         """(n, 3, size, size) in 0..1 -> the same, as the image tower expects it."""
-        return normalize(pixels, self.mean, self.std)
+        values = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1)
+        mean, std = values.to(pixels.device, non_blocking=True)  # so that nothing waits for the GPU
+        return (pixels - mean) / std
 
     def embed(self, pixels, tokens):
         """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D), both fp32."""
@@ -289,8 +292,8 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
         if text:
             wanted = f"--{key} {text}: needs three numbers, such as 0.485,0.456,0.406, for --std above 0"
             with user_error(wanted, ValueError):
-                preprocess[key] = red, green, blue = tuple(map(float, text.split(",")))
-            if not math.isfinite(red + green + blue) or (key == "std" and min(preprocess[key]) <= 0):
+                preprocess[key] = red, green, blue = [float(number) for number in text.split(",")]
+            if key == "std" and min(preprocess[key]) <= 0:
                 fail(wanted)
     if interpolation:
         preprocess["interpolation"] = interpolation
@@ -426,10 +429,10 @@ def read_captions(model, pairs):
 
 def tokenize(tokenizer, texts):
     """-> (n, context) tokens, and which of the texts are cut off (n,): they use more of a longer context."""
-    tokens = tokenizer(["", *texts])
-    longer = tokenizer(
-        tqdm(["", *texts], "tokens", leave=False, delay=2, disable=None), tokenizer.context_length + 1
-    )
+    texts = ["", *texts]
+    tokens = tokenizer(texts)
+    bar = tqdm(texts, "tokens", leave=False, delay=2, disable=None)
+    longer = tokenizer(bar, tokenizer.context_length + 1)
     used = (tokens != tokens[0]).sum(1)
     needed = (longer != longer[0]).sum(1)
     return tokens[1:], (needed > used)[1:]
@@ -487,8 +490,10 @@ def find_pairs(sources):
             for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
                 if not os.path.exists(path):
                     fail(f"--data {path}: is not there")
-                is_table = path.lower().endswith((".csv", ".tsv", ".txt"))
-                pairs += find_in_table(path) if is_table else find_in_tar(path)
+                if path.lower().endswith((".csv", ".tsv", ".txt")):
+                    pairs += find_in_table(path)
+                else:
+                    pairs += find_in_tar(path)
     print(f"{len(pairs)} pairs, {[caption for *_, caption in pairs].count('')} with an empty caption")
     return pairs
 
@@ -525,9 +530,7 @@ def find_in_tar(path):
         tar.fileobj.seek(tar.offset)
         rest = tar.fileobj.read(2**20)
     if len(rest) < 512 or any(rest):
-        fail(
-            f"--data {path}: truncated, or another tar lies behind it: only zeros may follow the last member"
-        )
+        fail(f"--data {path}: truncated, or followed by another tar: zeros must follow the last member")
     for key, image in images.items():
         if key in texts and "." not in os.path.basename(key):
             with user_error(f"--data {path}: {key}.txt is not UTF-8", UnicodeDecodeError):
@@ -536,7 +539,7 @@ def find_in_tar(path):
     n_left_out = len(images.keys() | texts.keys()) - len(pairs)
     if n_left_out:
         print(
-            f"{path}: {n_left_out} keys left out: they have a dot, no txt, or no image (jpg, jpeg, png, webp)"
+            f"{path}: {n_left_out} keys left out, with a dot or without a txt or image (jpg, jpeg, png, webp)"
         )
     return pairs
 
@@ -570,10 +573,10 @@ def read_table(path, *choices):
 def train(cfg, device, student, teacher, data, run, checkpoint):
     """Trains `student` against the frozen `teacher`, or by the CLIP loss alone where that is None.
 
-    -> the log, a record every cfg.log_every steps. At the end of every epoch rank 0 replaces the log and the
-    checkpoint in cfg.out; the last one is the result, which evaluate.py measures. A killed run loses the
-    epoch it was in: --resume hands its `checkpoint` in here, and the same number of processes goes on from
-    there, on a CPU to the bit. `run` goes into the checkpoint, see `describe_run`.
+    At the end of every epoch rank 0 replaces the log and the checkpoint in cfg.out. The last checkpoint is
+    the result, which evaluate.py measures. A killed run loses the epoch it was in: --resume hands its last
+    `checkpoint` in here, and the same number of processes goes on from there, on a CPU to the bit. `run`
+    goes into every checkpoint, see `describe_run`.
     """
     steps_per_epoch = len(data.pairs) // cfg.batch
     total_steps = cfg.epochs * steps_per_epoch  # T of Eq. 5 and 7
@@ -601,11 +604,12 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
     if WORLD > 1:
         # A static graph: else DDP waits for parameters without a gradient (CoCa's decoder, SigLIP's bias).
         model = nn.parallel.DistributedDataParallel(student, static_graph=True)
-    epochs = range(first_epoch, cfg.epochs)
     workers = WORKERS if cfg.workers < 0 else cfg.workers
     loader = torch.utils.data.DataLoader(
         data,
-        batch_sampler=batches(len(data.pairs), cfg.batch, epochs, cfg.seed, RANK, WORLD),
+        batch_sampler=batches(
+            len(data.pairs), cfg.batch, range(first_epoch, cfg.epochs), cfg.seed, RANK, WORLD
+        ),
         num_workers=workers,
         worker_init_fn=ignore_signals,
         prefetch_factor=1 if workers else None,  # a batch of the paper's run takes 340 MiB of shared memory
@@ -613,7 +617,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
     )
     first_step = first_epoch * steps_per_epoch
     # A bar is shown on a terminal alone (None), and by one process.
-    bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=RANK > 0 or None, dynamic_ncols=True)
+    bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=RANK > 0 or None)
     undecodable = []  # of this epoch's images in this process, why
 
     for step, (pixels, tokens, problems) in enumerate(bar, first_step):
@@ -658,9 +662,8 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         epoch_ends = done % steps_per_epoch == 0
         if epoch_ends or done % cfg.log_every == 0:
             # The one place where the GPU is waited for.
-            figures = dict(step=step, epoch=step / steps_per_epoch, loss=loss, **terms)
-            figures.update(beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
-            log.append(make_record(figures, tokens[0], undecodable, data))
+            figures = dict(loss=loss, **terms, beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
+            log.append(make_record(step, step / steps_per_epoch, figures, tokens[0], undecodable, data))
             line = " ".join(f"{name} {log[-1][name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
             tqdm.write(f"epoch {done / steps_per_epoch:.1f}/{cfg.epochs}  step {done}/{total_steps}  {line}")
         if epoch_ends:
@@ -668,19 +671,17 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
             save(cfg, student, run, done // steps_per_epoch, log, optimizer, projections)
 
 
-def make_record(figures, tokens, undecodable, data):
+def make_record(step, epoch, figures, tokens, undecodable, data):
     """A line of log.jsonl. A figure that is not finite, or too many broken images, end the run."""
-    record = {name: torch.as_tensor(value).item() for name, value in figures.items()}
-    if not all(map(math.isfinite, record.values())):
-        fail(f"not finite: {record}", 1)
+    figures = {name: torch.as_tensor(value).item() for name, value in figures.items()}
+    if not all(map(math.isfinite, figures.values())):
+        fail(f"not finite by step {step}: {figures}", 1)
     n_bad = gather(tokens.new_tensor([len(undecodable)])).sum().item()
     if n_bad > len(data.pairs) // 100:
-        fail(
-            f"{n_bad} of {len(data.pairs)} images do not decode, more than 1 %, such as {undecodable[:1]}", 1
-        )
+        fail(f"{n_bad} of {len(data.pairs)} images do not decode, over 1 %, such as {undecodable[:1]}", 1)
     tokens = gather(tokens)
     repeated = 1 - len(tokens.unique(dim=0)) / len(tokens)  # share of equal captions, which are repelled most
-    return record | dict(repeated=repeated, bad=n_bad)
+    return dict(step=step, epoch=epoch, **figures, repeated=repeated, bad=n_bad)
 
 
 def make_projections(cfg, student, teacher):
@@ -743,9 +744,8 @@ def script():
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
-    warnings.filterwarnings(
-        "ignore", "Grad strides|.*all_gather is deprecated"
-    )  # by DDP and `gather`, harmless
+    harmless = "Grad strides|.*all_gather is deprecated"  # DDP and `gather` warn of this
+    warnings.filterwarnings("ignore", harmless)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         # A line is in the file when it is written, and a path of any bytes can be printed, as on stderr.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -766,7 +766,7 @@ def script():
         if "shared memory" in str(error):
             fail("the loaders need more shared memory: --workers 0, or docker run --shm-size 8g", 1)
         if "by peer" in str(error):
-            fail("another process has ended", 1)
+            os._exit(1)  # another process has ended, and has said why
         raise
     finally:
         logging.disable(logging.NOTSET)
@@ -829,10 +829,9 @@ def save(cfg, model, run, epoch, log, optimizer, projections):
     file = io.BytesIO()
     torch.save(content, file)
     lines = "".join(json.dumps(record) + "\n" for record in log)
-    write_atomically(Path(cfg.out, "log.jsonl"), lines.encode())
-    write_atomically(
-        Path(cfg.out, "student.pt"), file.getbuffer()
-    )  # last: a kill in between repeats the epoch
+    write_atomically(f"{cfg.out}/log.jsonl", lines.encode())
+    # The checkpoint comes last, so that a kill in between repeats the epoch.
+    write_atomically(f"{cfg.out}/student.pt", file.getbuffer())
 
 
 def load_checkpoint(path):
@@ -852,7 +851,7 @@ def model_from_checkpoint(content):
 
 def lock_folder(out):
     """Makes --out, and keeps every other run out of it until main ends, however that happens."""
-    lock = filelock.FileLock(Path(out, f".lock{RANK}"), timeout=0)
+    lock = filelock.FileLock(f"{out}/.lock{RANK}", timeout=0)
     with user_error(f"--out {out}: cannot be written, or is in use by another run", OSError):
         os.makedirs(out, exist_ok=True)
         lock.acquire()
@@ -861,8 +860,8 @@ def lock_folder(out):
 
 def find_checkpoint(cfg, run):
     """-> the checkpoint that the run goes on with, or None where it begins and may replace what is there."""
-    path = Path(cfg.out, "student.pt")
-    if cfg.overwrite or not path.exists():
+    path = f"{cfg.out}/student.pt"
+    if cfg.overwrite or not os.path.exists(path):
         return None
     if not cfg.resume:
         fail(f"--out {cfg.out}: holds a run; --resume goes on with it, --overwrite replaces it")
@@ -898,10 +897,10 @@ def parse_args(argv=None):
         cfg.r_is_end = False
     if not (cfg.beta0 or cfg.feature or (cfg.diag and not cfg.coupled)):
         cfg.teacher = cfg.teacher_weights = ""  # they would have no weight anywhere
-    elif not cfg.teacher_weights and ":" not in cfg.teacher:
+    elif not cfg.teacher or not (cfg.teacher_weights or ":" in cfg.teacher):
         fail(
-            "--teacher-weights: needs a PATH or TAG. To train a teacher: python dark.py --ablation no-kd "
-            "--student NAME --data X --out teacher, and --teacher NAME --teacher-weights teacher/student.pt"
+            "--teacher NAME and --teacher-weights PATH or TAG: both are needed, or --ablation no-kd. To "
+            "train a teacher: python dark.py --ablation no-kd --student NAME --data X --out teacher"
         )
     return cfg
 
@@ -931,8 +930,6 @@ def check_values(cfg):
         fail("--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is")
     if cfg.batch % WORLD:
         fail(f"--batch {cfg.batch}: not divisible by the {WORLD} processes")
-    if not cfg.teacher:
-        fail("--teacher: needs a name; for no teacher: --ablation no-kd")
     if cfg.resume and cfg.overwrite:
         fail("--resume and --overwrite: go on with the run in --out, or replace it?")
 
@@ -942,9 +939,9 @@ def prepare_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with user_error(f"--device {name} (valid are auto, cpu, cuda, cuda:N, mps)"):
-        device = torch.zeros(
-            1, device=f"cuda:{RANK % torch.cuda.device_count()}" if name == "cuda" else name
-        ).device
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"  # set by torchrun
+        device = torch.zeros(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # leaves a core to the loader: OpenMP's threads spin while they wait for one that has none
@@ -963,15 +960,15 @@ def introduce(cfg, teacher, steps_per_epoch):
     if not cfg.student_weights and cfg.lr < 1e-4:
         print(f"student starts at random: --lr {cfg.lr:g} is meant for trained weights, 1e-3 is usual")
     if teacher:
-        t_scale = teacher.clip.logit_scale.exp().item()
+        softened = teacher.clip.logit_scale.exp().item() / cfg.tau
         advice = (
-            "" if 10 < t_scale / cfg.tau < 40 else f", far from 20, as --tau {t_scale / 20:.2g} would give"
+            "" if 10 < softened < 40 else f", far from 20: --tau {softened * cfg.tau / 20:.2g} gives that"
         )
         print(f"teacher {cfg.teacher}, weights: {cfg.teacher_weights or 'its own'}")
-        print(f"teacher's logit scale / tau: {t_scale:.1f} / {cfg.tau:g} = {t_scale / cfg.tau:.1f}{advice}")
+        print(f"  logit scale / tau: {softened * cfg.tau:.1f} / {cfg.tau:g} = {softened:.1f}{advice}")
     crossing = f", zero at epoch {cfg.epochs / (1 - cfg.r):.1f}" if cfg.r < 0 else ""
-    schedule = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
-    print(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {schedule}")
+    beta = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
+    print(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {beta}")
 
 
 @script()
@@ -989,12 +986,12 @@ def main(argv=None):
             fail(f"--batch {cfg.batch}: {len(pairs)} pairs make no step; at most {len(pairs)}")
         if cfg.warmup >= cfg.epochs * steps_per_epoch:
             fail(
-                f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, one less than all steps"
+                f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, so as to end in the run"
             )
         run = describe_run(cfg, pairs)
         checkpoint = find_checkpoint(cfg, run)
 
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed % 2**63)
         student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
         teacher = None
         if cfg.teacher:
@@ -1004,7 +1001,7 @@ def main(argv=None):
         data = Pairs(pairs, cfg.seed, [student, teacher] if teacher else [student])
         train(cfg, device, student, teacher, data, run, checkpoint)
         if RANK == 0:
-            subprocess.run([sys.executable, HERE / "assets/curves.py", cfg.out], check=True)
+            runpy.run_path(HERE / "assets/curves.py")["draw"](cfg.out)
     if WORLD > 1:
         dist.destroy_process_group()
 
