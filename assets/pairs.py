@@ -47,14 +47,12 @@ def head_pairs(folder, size):
     pairs = []
     for i, row in enumerate(rows):
         with dark.user_error(row["image"]):
-            mm = (
-                row["pixel_mm"] * max(Image.open(row["image"]).size) / size
-            )  # padded to a square, then resized
+            side = max(Image.open(row["image"]).size)  # of the square to which the image is padded
+        mm = row["pixel_mm"] * side / size
         days = ages[np.abs(evaluate.who_hc(ages) - row["hc_mm"]).argmin()]  # whose median head is the nearest
-        age = {"weeks": days // 7, "day": days % 7}
-        pairs.append(
-            (row["image"].absolute(), evaluate.AGE_PHRASES[i % 5].format(**age, pixel_spacing=f"{mm:.2f}"))
-        )
+        weeks, day = divmod(days, 7)
+        caption = evaluate.AGE_PHRASES[i % 5].format(weeks=weeks, day=day, pixel_spacing=f"{mm:.2f}")
+        pairs.append((row["image"].absolute(), caption))
     return pairs
 
 
