@@ -9,9 +9,9 @@ Paper: arXiv 2603.05421.
     python dark.py --beta0 2 --r -0.8                  # the demonstration, which downloads nothing
     python dark.py --data 'shards/{000000..000024}.tar' --context-length 117 --micro-batch 256 \
         --teacher-weights FetalCLIP_weights.pt --student-weights dfndr2b   # the paper's run
-    torchrun --nproc_per_node 4 -- dark.py ...         # the same on four GPUs; --batch stays that of all
+    torchrun --nproc_per_node 4 -- dark.py ...         # on four GPUs; --batch is still the total
 
-The file reads from top to bottom: configuration; schedules and loss; models; data; training; mistakes,
+The file reads from top to bottom: configuration; schedules and loss; models; data; training; errors,
 checkpoints and command line. To see the method alone, read `dark_loss` and `train`.
 """
 
@@ -55,15 +55,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK") or 0)  # this and the next two are set by torchrun
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0)  # set by torchrun, as WORLD_SIZE is
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-# Processes that read images, by default. joblib counts the cores of this container, job or affinity alone.
-WORKERS = max(1, min(16, cpu_count() // LOCAL_WORLD - 1))
+# Processes that read images, by default. joblib counts the cores that this container, job or process may use.
+WORKERS = max(1, min(16, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1))
 
 # ---------------------------------------------------------------- configuration
 
-# The rows of Table 3, as flags; what a row does not name is the default below, which is the row `selective`.
+# The rows of Table 3. What a row leaves out keeps the default below; the defaults are the row `selective`.
 # Coupled rows give both terms one weight, lambda(t) of Eq. 5; r = 1 keeps it constant.
 ABLATIONS = {
     "no-kd": dict(coupled=True, beta0=0.0, r=1.0),
@@ -83,40 +82,40 @@ ABLATIONS = {
 
 @dataclass
 class Config:
-    """Every setting, which is also the command line. The defaults are the paper's."""
+    """Every setting; each is also a flag of the command line. The defaults are the paper's."""
 
     beta0: float = 2.0  # beta_0 of Eq. 7: weight of the off-diagonal at step 0
     r: float = -0.8  # r of Eq. 7: the weight ends at r * beta0
-    r_is_end: bool = False  # read --r as the final weight itself, as the authors' own configurations do
+    r_is_end: bool = False  # take --r as the final weight, as the authors' configurations do
     diag: float = 1.0  # weight of the diagonal (Eq. 6)
     coupled: bool = False  # Eq. 4: the diagonal has the weight of the off-diagonal, lambda(t) of Eq. 5
-    tau: float = 5.0  # tau of Eq. 2: temperature of the teacher's softmax, and of no other
+    tau: float = 5.0  # tau of Eq. 2: temperature of the teacher's softmax only
     smooth: float = 0.0  # epsilon of the confidence-penalty row: share of the target that is spread evenly
     feature: float = 0.0  # weight of the feature-KD row's mean squared error (2000 in the paper)
     ablation: Literal[("", *ABLATIONS)] = ""  # a row of Table 3 sets the flags above; a flag beside it wins
     teacher: str = "ViT-L-14"  # open_clip name (of FetalCLIP: ViT-L-14; of OpenAI's: ViT-L-14-quickgelu)
-    teacher_weights: str = ""  # PATH (a checkpoint of this script, too) or open_clip TAG
+    teacher_weights: str = ""  # PATH (a checkpoint of this script works too) or open_clip TAG
     student: str = "MobileCLIP2-S0"  # open_clip name
     student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
     context_length: int = 0  # tokens, of both models (117 for FetalCLIP); 0: each model's own
     data: tuple[str, ...] = ()  # pairs.csv | pattern of tars, one or more; without it the demonstration runs
     epochs: int = 20  # passes over the data
     batch: int = 1024  # N, pairs in a batch over all processes; the loss sees all of them
-    micro_batch: int = 0  # pairs whose activations a process keeps at a time; 0: all of its share of N
+    micro_batch: int = 0  # pairs whose activations a process keeps at a time; 0: its whole share of N
     lr: float = 1e-5  # peak learning rate (AdamW, betas 0.9 and 0.98, eps 1e-6)
     warmup: int = 500  # optimizer steps of linear warm-up before the cosine
     weight_decay: float = 0.1  # of matrices and kernels; vectors and scalars have none
     clip_norm: float = 1.0  # largest L2 norm of the gradient
     seed: int = 42  # of the weights, the order of the pairs and their augmentation
     out: str = "out"  # folder for student.pt, log.jsonl and curves.png
-    workers: int = -1  # processes that read images; -1: one less than the cores, 1 to 16
-    device: str = "auto"  # auto (cuda where there is one, else cpu) | cpu | cuda | cuda:N | mps
+    workers: int = -1  # processes that read images; -1: one fewer than its share of the cores, 1 to 16
+    device: str = "auto"  # auto (cuda if available, else cpu) | cpu | cuda | cuda:N | mps
     log_every: int = 10  # optimizer steps between two lines of log.jsonl
     resume: bool = False  # go on from the checkpoint in --out, if there is one
     overwrite: bool = False  # replace the run in --out
 
 
-# What holds without --data. The teacher's logit scale is 19, the paper's softened one 100 / 5: hence tau 1.
+# The defaults without --data. The teacher's logit scale is 19, near the paper's 100 / 5 = 20: hence tau 1.
 DEMONSTRATION = dict(
     student="demo-fastvit",
     teacher="demo-teacher",
@@ -133,7 +132,10 @@ PHANTOM = HERE / "phantom"  # the demonstration's data, which assets/phantom.py 
 
 
 def beta_at(step, total, beta0, r):
-    """Weight of the off-diagonal at step `step` of `total`: Eq. 7, and Eq. 5. It is 0 at total / (1 - r)."""
+    """Weight of the off-diagonal at step `step` of `total`: Eq. 7, the same formula as lambda(t) of Eq. 5.
+
+    For r < 0 it crosses zero at step total / (1 - r).
+    """
     return beta0 * (1 - step / total * (1 - r))
 
 
@@ -148,20 +150,20 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
     """CLIP loss plus selective repulsive distillation over one batch of N matched image-text pairs.
 
     image, text       (N, D) embeddings of the student
-    t_image, t_text   (N, D_t) embeddings of the teacher, which gets no gradient. All four are normalised
+    t_image, t_text   (N, D_t) embeddings of the teacher, which receives no gradient. All four are normalised
                       here; where several processes share a batch, gather them first (see `gather`)
     scale, t_scale    0-d logit scales. Bound `scale` to at most 100 after every optimizer step: a
                       negative `beta` rewards larger logits without end, and nothing else stops it
     beta              weight of the off-diagonal, the pairs that do not match (see `beta_at`)
     diag, clip        weights of the diagonal and of the CLIP loss; diag = beta gives Eq. 4
-    tau               temperature of the teacher alone. The student's logits stay those it is used with,
-                      hence no tau**2 either. Choose it so that t_scale / tau is near 20, as in the paper
-                      (100 / 5): 14 / 5 makes an almost uniform target, and against that repulsion pushes
-                      all pairs apart alike
+    tau               temperature of the teacher alone. The student's logits keep the scale they are used
+                      at, so there is no tau**2 factor either. Choose it so that t_scale / tau is near 20,
+                      as in the paper (100 / 5): 14 / 5 makes an almost uniform target, against which
+                      repulsion pushes all pairs apart equally
     smooth            epsilon: the target becomes (1 - epsilon) * p + epsilon / N
 
-    Returns the loss, clip * CLIP + diag * diagonal + beta * off-diagonal, and its three terms, detached.
-    All of it is computed in fp32 under any autocast (bf16 steps by 0.5 at logits of 100), float64 stays.
+    Returns the loss, clip * CLIP + diag * diagonal + beta * off-diagonal, and its three terms, detached. All
+    is computed in fp32 under any autocast (bf16 steps by 0.5 at logits of 100); float64 inputs stay float64.
     """
     with torch.autocast(image.device.type, enabled=False):
         image, text, t_image, t_text = (
@@ -170,28 +172,28 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
         )
         logits = scale * image @ text.T  # (N, N): rows images, columns texts
         with torch.no_grad():
-            t_logits = t_scale / tau * t_image @ t_text.T  # (N, N): rows images, columns texts
+            t_logits = t_scale / tau * t_image @ t_text.T  # (N, N), softened by tau for Eq. 2
 
-        # Both directions count half: image to text, and with the transposes text to image.
+        # Each direction counts half: image to text, then, transposed, text to image.
         clip_loss = kd_diag = kd_off = 0.0
         for student_logits, teacher_logits in ((logits, t_logits), (logits.T, t_logits.T)):
             log_q = student_logits.log_softmax(1)  # (N, N), at the student's own scale
-            p = teacher_logits.softmax(1)  # (N, N), Eq. 2: only the teacher is softened by tau
+            p = teacher_logits.softmax(1)  # (N, N), Eq. 2: only the teacher is softened
             p = (1 - smooth) * p + smooth / len(p)
-            cross_entropy = -p * log_q  # (N, N), Eq. 3: H(p, q) is the mean over rows of their sums
+            cross_entropy = -p * log_q  # (N, N), Eq. 3: H(p, q) is the mean of its row sums
             matched = cross_entropy.diagonal()  # (N,)
             clip_loss = clip_loss - log_q.diagonal().mean() / 2  # Eq. 1
-            kd_diag = kd_diag + matched.mean() / 2  # Eq. 6, the terms with j = i
-            kd_off = kd_off + (cross_entropy.sum(1) - matched).mean() / 2  # Eq. 6, the terms with j != i
+            kd_diag = kd_diag + matched.mean() / 2  # Eq. 6, first term: j = i
+            kd_off = kd_off + (cross_entropy.sum(1) - matched).mean() / 2  # Eq. 6, second term: j != i
         loss = clip * clip_loss + diag * kd_diag + beta * kd_off  # Eq. 6; Eq. 4 where diag = beta
     return loss, {"clip": clip_loss.detach(), "diag": kd_diag.detach(), "off": kd_off.detach()}
 
 
 def gather(x):
-    """(n, d) on each of `world` processes -> (world * n, d) on all, with gradient. Of one process, x itself.
+    """(n, d) on each of W processes -> (W * n, d) on all, with gradient. With one process, x itself.
 
-    Every process computes the loss of the whole batch. Backward sums their equal gradients, `world` times
-    too much, which DDP's average over the processes takes away again.
+    Every process computes the loss of the whole batch. Backward sums their equal gradients, which is W times
+    too much; DDP's average over the processes divides that out.
     """
     if not dist.is_initialized():
         return x
@@ -204,7 +206,7 @@ PREPROCESS = ("size", "mean", "std", "interpolation")
 
 
 class Model(nn.Module):
-    """An open_clip model with its tokenizer and preprocessing: size in pixels, mean and std in 0..1."""
+    """An open_clip model with its tokenizer and preprocessing: size in pixels; mean and std for 0..1."""
 
     def __init__(self, name, clip, tokenizer, preprocess):
         super().__init__()
@@ -214,14 +216,13 @@ class Model(nn.Module):
         vars(self).update({key: preprocess[key] for key in PREPROCESS})
 
     def normalize(self, pixels):
-        """(n, 3, size, size) in 0..1 -> the same, as the image tower expects it."""
+        """(n, 3, size, size) in 0..1 -> the same shape, normalised for the image tower."""
         values = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1)
-        mean, std = values.to(pixels.device, non_blocking=True)  # so that nothing waits for the GPU
+        mean, std = values.to(pixels.device, non_blocking=True)  # the CPU need not wait for it
         return (pixels - mean) / std
 
     def embed(self, pixels, tokens):
         """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D), both fp32."""
-        # Autocast stands inside of what is recomputed, so that the second pass runs under it like the first.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
             pixels = self.normalize(pixels.permute(0, 3, 1, 2) / 255)
             image = self.clip.encode_image(pixels)
@@ -229,11 +230,11 @@ class Model(nn.Module):
         return image.float(), text.float()
 
     def forward(self, pixels, tokens, micro_batch):
-        """As `embed`, and the logit scale.
+        """Returns what `embed` does, and the logit scale.
 
         Beyond `micro_batch` pairs activations are dropped: backward computes them again, one micro-batch at
         a time. The loss still sees all n embeddings at once, which gradient accumulation would not give.
-        Batch norm sees each micro-batch by itself, and twice.
+        Batch norm sees one micro-batch at a time, and updates its running statistics twice.
         """
         if micro_batch >= len(tokens):
             image, text = self.embed(pixels, tokens)
@@ -264,9 +265,9 @@ open_clip.add_model_config(HERE / "assets/models")  # demo-fastvit, demo-teacher
 def open_model(name, weights="", context_length=0, mean="", std="", interpolation=""):
     """Any model of open_clip, with weights from a PATH, a TAG, or at random -> Model.
 
-    Size, mean, std and interpolation are those of the tag or in a checkpoint of this script, else those of
-    the model's first tag (open_clip itself takes OpenAI's with a path). Over them win `mean` and `std`, such
-    as "0.48,0.46,0.41", and `interpolation`.
+    Size, mean, std and interpolation come from the tag or from a checkpoint of this script, else from the
+    model's first tag (open_clip itself takes OpenAI's for a path). `mean` and `std`, such as
+    "0.48,0.46,0.41", and `interpolation` override them.
     """
     if ":" not in name:  # neither hf-hub:... nor local-dir:...
         name = name.replace("/", "-")
@@ -304,7 +305,7 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
 
 
 def load_weights(clip, name, path):
-    """Loads a file's state dict strictly -> the preprocessing that a checkpoint of this script has, else {}.
+    """Loads a file's state dict strictly. Returns the preprocessing in a checkpoint of this script, else {}.
 
     What is published comes in wrappers, with prefixes, with Apple's names of FastViT's layers, or with a
     text tower of older names: each is converted to today's open_clip.
@@ -321,8 +322,8 @@ def load_weights(clip, name, path):
             trunk[key.removeprefix("visual.trunk.")] = state.pop(key)
         for key, x in timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk).items():
             state[f"visual.trunk.{key}"] = x
-    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer that transformers no longer has
-    with user_error(f"{path}: a {content.get('architecture', 'model')}, does not fit {name}"):
+    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
+    with user_error(f"{path}: a {content.get('architecture', 'model')} that does not fit {name}"):
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
         state = open_clip.convert.convert_state_dict(clip, state)
         if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
@@ -344,7 +345,7 @@ def find_states(content, where=""):
     return states
 
 
-class Forgotten(list):
+class Ignored(list):
     """Stands in for what training scripts leave beside the weights, such as a Namespace or a Path."""
 
     def __init__(self, *_):
@@ -355,23 +356,23 @@ class Forgotten(list):
 
 
 def read_weights(path):
-    """A file of weights -> the dictionary in it, on the CPU. No code in it runs; a flipped bit is found."""
+    """A file of weights -> the dictionary in it, on the CPU. No code of the file is run."""
     with user_error(path, OSError), open(path, "rb") as file:
         head = file.read(64)
     if head.lstrip().startswith((b"<", b"version https://git-lfs")):
         fail(f"{path}: is a web page or a Git LFS pointer (`git lfs pull` brings the file): {head[:40]}")
     if head[8:10] == b'{"':
-        with user_error(f"{path}: no safetensors"):
+        with user_error(f"{path}: not a valid safetensors file"):
             return safetensors.torch.load_file(path)
     stand_ins = []
     dictionary = lambda *_: {}
-    with user_error(f"{path}: no weights"):
+    with user_error(f"{path}: not a file of weights"):
         if zipfile.is_zipfile(path):
             if zipfile.ZipFile(path).testzip():  # torch itself compares no checksum
                 fail(f"{path}: damaged, a checksum is wrong")
             for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-                # torch fills what stands in for a dictionary only if it is one.
-                stand_ins.append((dictionary if name == "collections.defaultdict" else Forgotten, name))
+                # The stand-in for a dictionary must itself be one, or torch does not fill it.
+                stand_ins.append((dictionary if name == "collections.defaultdict" else Ignored, name))
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
@@ -383,7 +384,7 @@ def read_weights(path):
 
 
 class Pairs:
-    """The pairs of `find_pairs` as the given models take them. An item is an (epoch, index)."""
+    """A dataset of the pairs of `find_pairs`, prepared for each model. Its index is an (epoch, index)."""
 
     def __init__(self, pairs, seed, models):
         self.pairs = pairs
@@ -394,8 +395,8 @@ class Pairs:
     def __getitem__(self, item):
         """-> for each model a view (S, S, 3) uint8; for each model tokens (context,); a problem, "" for none.
 
-        All models see one view of the image, drawn from seed, epoch and index alone. An image that does not
-        decode is black, and the problem says why.
+        All models see the same view, each in its own size: it is drawn from seed, epoch and index alone. An
+        image that does not decode is black, and the problem says why.
         """
         epoch, index = item
         path, offset, length, _ = self.pairs[index]
@@ -406,7 +407,7 @@ class Pairs:
         try:
             image = Image.open(content)
             image.load()
-        except Exception as error:  # Pillow has a dozen kinds for a broken file
+        except Exception as error:  # Pillow raises a dozen kinds for a broken file
             image = Image.new("L", (1, 1))
             problem = f"{path}: {error}"
         views = []
@@ -417,7 +418,7 @@ class Pairs:
 
 
 def read_captions(model, pairs):
-    """-> (n, context) tokens. Tells how the model sees images, how many captions are cut off or alike."""
+    """-> (n, context) tokens. Prints the preprocessing, and how many captions are cut off or repeated."""
     tokens, is_cut = tokenize(model.tokenizer, [caption for *_, caption in pairs])
     n_repeated = len(tokens) - len(tokens.unique(dim=0))
     print(f"{model.name}: {model.size} px, mean {model.mean}, std {model.std}, {model.interpolation}")
@@ -428,8 +429,8 @@ def read_captions(model, pairs):
 
 
 def tokenize(tokenizer, texts):
-    """-> (n, context) tokens, and which of the texts are cut off (n,): they use more of a longer context."""
-    texts = ["", *texts]
+    """-> (n, context) tokens, and a mask (n,) of the texts that are cut off: in more context they use it."""
+    texts = ["", *texts]  # where a text differs from the empty one, it has no padding
     tokens = tokenizer(texts)
     bar = tqdm(texts, "tokens", leave=False, delay=2, disable=None)
     longer = tokenizer(bar, tokenizer.context_length + 1)
@@ -439,10 +440,10 @@ def tokenize(tokenizer, texts):
 
 
 def batches(n, batch, epochs, seed, process=0, world=1):
-    """The (epoch, index) items of every step of `epochs`, this process's share of each batch.
+    """Yields this process's share of the batch, as (epoch, index) items, for every step of `epochs`.
 
     An epoch is a permutation drawn from (seed, epoch), without its incomplete batch. So no batch holds a pair
-    twice; two pairs with equal captions it may hold.
+    twice, but it may hold two pairs with equal captions.
     """
     for epoch in epochs:
         order = np.random.default_rng([seed, epoch]).permutation(n)[: n // batch * batch]
@@ -468,16 +469,16 @@ def square(image, size, interpolation):
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # Pillow has as many kinds here: metadata that cannot be read is no metadata
+    except Exception:  # as many kinds again: metadata that cannot be read is ignored
         pass
-    if image.mode[0] in "IF":  # I, I;16, I;16B, F: deep greys, which Pillow's own convert would clip
+    if image.mode[0] in "IF":  # high-bit-depth greys (I, I;16, F), which Pillow's convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        top = values.max()
-        white = next((white for white in (1, 255, 4095, 65535) if white >= top), top)
+        # White is the smallest usual maximum that fits, of 1, 8, 12 or 16 bits.
+        white = next((white for white in (1, 255, 4095, 65535) if white >= values.max()), values.max())
         image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
     side = max(image.size)
     pixels = pil_to_tensor(ImageOps.pad(image.convert("RGB"), (side, side)))  # (3, side, side)
-    # torch gives Pillow's pixels, some of them 1 of 255 off, in a tenth of Pillow's time.
+    # torch gives Pillow's pixels, up to 1 of 255, in less than a fifth of Pillow's time.
     pixels = F.interpolate(pixels[None], (size, size), mode=interpolation, antialias=True)[0]
     return to_pil_image(pixels)
 
@@ -510,7 +511,7 @@ def find_in_table(path):
 
 
 def find_in_tar(path):
-    """A WebDataset shard: a pair's image and txt have one key, which ends at the first dot of their names."""
+    """A WebDataset shard: a pair's image and txt share a key, the name up to its only dot."""
     images = {}
     texts = {}
     pairs = []
@@ -526,7 +527,7 @@ def find_in_tar(path):
                 if key in images:
                     fail(f"--data {path}: key {key} has more than one image")
                 images[key] = member
-        # tarfile takes a cut between two members for the end, and passes over a second tar behind it.
+        # tarfile takes a file that is cut between two members for complete, and ignores a second tar in it.
         tar.fileobj.seek(tar.offset)
         rest = tar.fileobj.read(2**20)
     if len(rest) < 512 or any(rest):
@@ -545,14 +546,14 @@ def find_in_tar(path):
 
 
 def read_table(path, *choices):
-    """A table in UTF-8 -> for each row the values of the first of `choices`, tuples of columns, that it has.
+    """A table in UTF-8 -> for each row, the values of the first tuple of columns in `choices` that it has.
 
     The separator is `,` `;` or tab, whichever the header has most of, whatever the file is called.
     """
     with user_error(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        # Between tabs a quotation mark is most often just that: the first character of a caption.
+        # Between tabs a quotation mark is usually a literal character, such as the first of a caption.
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
         header = [name.strip() for name in reader.fieldnames or ()]
@@ -587,7 +588,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
     if teacher:
         teacher.to(device)
     if device.type == "cuda":
-        # Together they make the student 1.64 times faster (NVIDIA H200, PyTorch 2.11); neither does alone.
+        # Together they make the student 1.64 times faster (NVIDIA H200, PyTorch 2.11); neither alone does.
         torch.backends.cudnn.benchmark = True
         student.clip.visual.to(memory_format=torch.channels_last)
     parameters = [*student.parameters(), *projections.parameters()]
@@ -602,7 +603,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
     model = student
     if WORLD > 1:
-        # A static graph: else DDP waits for parameters without a gradient (CoCa's decoder, SigLIP's bias).
+        # Some parameters get no gradient (CoCa's decoder, SigLIP's bias): a static graph waits for none.
         model = nn.parallel.DistributedDataParallel(student, static_graph=True)
     workers = WORKERS if cfg.workers < 0 else cfg.workers
     loader = torch.utils.data.DataLoader(
@@ -616,9 +617,9 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         pin_memory=device.type == "cuda",
     )
     first_step = first_epoch * steps_per_epoch
-    # A bar is shown on a terminal alone (None), and by one process.
+    # One process shows a bar, and only on a terminal (None).
     bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=RANK > 0 or None)
-    undecodable = []  # of this epoch's images in this process, why
+    undecodable = []  # why, for each broken image of this process in this epoch
 
     for step, (pixels, tokens, problems) in enumerate(bar, first_step):
         pixels = [x.to(device, non_blocking=True) for x in pixels]
@@ -626,7 +627,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         lr = lr_at(step, total_steps, cfg.lr, cfg.warmup)
         beta = beta_at(step, total_steps, cfg.beta0, cfg.r)
         diag = beta if cfg.coupled else cfg.diag
-        torch.manual_seed(hash((cfg.seed, step, RANK)))  # of dropout: the same after --resume
+        torch.manual_seed(hash((cfg.seed, step, RANK)))  # so that --resume draws the same dropout
 
         # Both models see the same view of an image, each in its own size. On a GPU their towers run in bf16.
         # Beyond a micro-batch the student's forward pass is computed twice.
@@ -654,14 +655,14 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
             group["lr"] = lr
         optimizer.step()
         with torch.no_grad():
-            # Part of the method, see `dark_loss`. A hair below 100, so that exp() in fp32 is not above it.
+            # Part of the method, see `dark_loss`. Just below 100, so that exp() in fp32 is not above it.
             student.clip.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
         undecodable += filter(None, problems)
         done = step + 1
         epoch_ends = done % steps_per_epoch == 0
         if epoch_ends or done % cfg.log_every == 0:
-            # The one place where the GPU is waited for.
+            # Here, and to save a checkpoint, the CPU waits for the GPU.
             figures = dict(loss=loss, **terms, beta=beta, scale=scale, lr=lr, grad_norm=grad_norm)
             log.append(make_record(step, step / steps_per_epoch, figures, tokens[0], undecodable, data))
             line = " ".join(f"{name} {log[-1][name]:.3f}" for name in ("loss", *terms, "beta", "scale"))
@@ -672,7 +673,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
 
 
 def make_record(step, epoch, figures, tokens, undecodable, data):
-    """A line of log.jsonl. A figure that is not finite, or too many broken images, end the run."""
+    """A line of log.jsonl. A figure that is not finite, or too many broken images, ends the run."""
     figures = {name: torch.as_tensor(value).item() for name, value in figures.items()}
     if not all(map(math.isfinite, figures.values())):
         fail(f"not finite by step {step}: {figures}", 1)
@@ -680,12 +681,12 @@ def make_record(step, epoch, figures, tokens, undecodable, data):
     if n_bad > len(data.pairs) // 100:
         fail(f"{n_bad} of {len(data.pairs)} images do not decode, over 1 %, such as {undecodable[:1]}", 1)
     tokens = gather(tokens)
-    repeated = 1 - len(tokens.unique(dim=0)) / len(tokens)  # share of equal captions, which are repelled most
+    repeated = 1 - len(tokens.unique(dim=0)) / len(tokens)  # share of captions that repeat another one
     return dict(step=step, epoch=epoch, **figures, repeated=repeated, bad=n_bad)
 
 
 def make_projections(cfg, student, teacher):
-    """From the student's image and text embeddings to the teacher's width, for the feature-KD row alone."""
+    """Linear maps of the student's image and text embeddings to the teacher's width (feature-KD row)."""
     projections = nn.ModuleList()
     if cfg.feature:
         width = lambda model: model.clip.encode_text(model.tokenizer([""])).shape[1]
@@ -695,7 +696,7 @@ def make_projections(cfg, student, teacher):
 
 
 def feature_loss(projections, embeddings, targets):
-    """Mean squared error of unit embeddings (N, D_t), the student's projected: of images plus of texts."""
+    """Mean squared error of the projected student's and the teacher's unit embeddings: images plus texts."""
     loss = 0.0
     for project, embedding, target in zip(projections, embeddings, targets):
         projected = project(F.normalize(embedding))
@@ -714,11 +715,11 @@ def make_optimizer(cfg, parameters):
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-# ---------------------------------------------------------------- mistakes, checkpoints, command line
+# ---------------------------------------------------------------- errors, checkpoints, command line
 
 
 def fail(message, code=2):
-    """One line on stderr, and the end: exit code 2 for a user's mistake, 1 for what goes wrong in a run."""
+    """Prints one line on stderr and exits: code 2 for a user's mistake, 1 for what goes wrong in a run."""
     process = f"process {RANK}: " if WORLD > 1 else ""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {process}{message}", file=sys.stderr)
     sys.exit(code)
@@ -726,8 +727,10 @@ def fail(message, code=2):
 
 @contextmanager
 def user_error(what, errors=Exception):
-    """An error of these kinds in here becomes 'what: what the library said' and exit code 2. It stands only
-    around a library's work on what a user gave: a fault of ours keeps its traceback."""
+    """An error of these kinds in here becomes one line, 'what: what the library said', and exit code 2.
+
+    Use it only around a library's work on what a user gave, so that our own faults keep their traceback.
+    """
     try:
         yield
     except errors as error:
@@ -738,15 +741,15 @@ def user_error(what, errors=Exception):
 
 @contextmanager
 def script():
-    """Around every main: Ctrl-C, SIGTERM, and what can go wrong at any time, end it with one line.
+    """Wraps every main: Ctrl-C, SIGTERM, and what can go wrong at any time, exit with one line.
 
-    What it sets belongs to the whole process, so that an import must not set it.
+    It changes the state of the whole process, so it must not run on import.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
     harmless = "Grad strides|.*all_gather is deprecated"  # DDP and `gather` warn of this
     warnings.filterwarnings("ignore", harmless)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot do this
         # A line is in the file when it is written, and a path of any bytes can be printed, as on stderr.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -773,7 +776,7 @@ def script():
 
 
 def ignore_signals(_):
-    """Of a loader: a signal to the whole process group is for the main process to answer."""
+    """Runs in each loader: the main process alone answers a signal that was sent to the whole group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -802,10 +805,10 @@ def write_atomically(path, content):
 
 
 def describe_run(cfg, pairs):
-    """The configuration, and what its files hold: by that a run is recognised, wherever they lie."""
+    """The configuration, and a digest of pairs and weights, by which a run is recognised in moved folders."""
     digest = hashlib.sha256(repr([pair[2:] for pair in pairs]).encode())
-    if os.path.isfile(cfg.teacher_weights):
-        digest.update(Path(cfg.teacher_weights).read_bytes())
+    for weights in (cfg.teacher_weights, cfg.student_weights):
+        digest.update(Path(weights).read_bytes() if os.path.isfile(weights) else weights.encode())
     return vars(cfg) | dict(pairs=len(pairs), processes=WORLD, sha256=digest.hexdigest())
 
 
@@ -859,7 +862,7 @@ def lock_folder(out):
 
 
 def find_checkpoint(cfg, run):
-    """-> the checkpoint that the run goes on with, or None where it begins and may replace what is there."""
+    """-> the checkpoint that the run goes on with, or None for a fresh one, which may overwrite."""
     path = f"{cfg.out}/student.pt"
     if cfg.overwrite or not os.path.exists(path):
         return None
@@ -874,29 +877,29 @@ def find_checkpoint(cfg, run):
 
 
 def parse_flags(options, argv, description, default=None):
-    """The command line of the dataclass `options` -> an instance. tyro makes its help of the comments."""
+    """The command line of the dataclass `options` -> an instance. tyro makes the help from its comments."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
             return tyro.cli(options, args=argv, description=description, default=default)
     except SystemExit as stop:
-        if stop.code:  # tyro frames what is wrong with a box: here it becomes one line
+        if stop.code:  # tyro draws a box around its message, which becomes one line here
             fail(re.sub(r"[╭╮╰╯│─\s]+|-{9,}", " ", box.getvalue()).strip())
         raise
 
 
 def parse_args(argv=None):
-    """-> Config. A flag wins over --ablation, that over the demonstration, that over the paper's value."""
+    """-> Config. Precedence: flag, then --ablation, then the demonstration, then the paper's defaults."""
     about = f"DARK, arXiv 2603.05421. Without --data, these defaults are replaced: {DEMONSTRATION}"
     given = parse_flags(Config, argv, about)
     preset = {} if given.data else DEMONSTRATION
     cfg = parse_flags(Config, argv, about, Config(**(preset | ABLATIONS.get(given.ablation, {}))))
     check_values(cfg)
-    if cfg.r_is_end:  # one reading from here on: r is that of Eq. 7, which ends at r * beta0
+    if cfg.r_is_end:  # from here on r is that of Eq. 7, which ends at r * beta0
         cfg.r /= cfg.beta0
         cfg.r_is_end = False
     if not (cfg.beta0 or cfg.feature or (cfg.diag and not cfg.coupled)):
-        cfg.teacher = cfg.teacher_weights = ""  # they would have no weight anywhere
+        cfg.teacher = cfg.teacher_weights = ""  # the teacher would have weight 0 in every term
     elif not cfg.teacher or not (cfg.teacher_weights or ":" in cfg.teacher):
         fail(
             "--teacher NAME and --teacher-weights PATH or TAG: both are needed, or --ablation no-kd. To "
@@ -927,7 +930,7 @@ def check_values(cfg):
     if cfg.smooth >= 1:
         fail(f"--smooth {cfg.smooth}: must be less than 1")
     if cfg.r_is_end and not cfg.beta0:
-        fail("--r-is-end: needs a --beta0 other than 0, which stays 0 whatever r is")
+        fail("--r-is-end: needs a --beta0 other than 0, for 0 stays 0 whatever r is")
     if cfg.batch % WORLD:
         fail(f"--batch {cfg.batch}: not divisible by the {WORLD} processes")
     if cfg.resume and cfg.overwrite:
@@ -944,7 +947,7 @@ def prepare_device(name):
         device = torch.zeros(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:  # leaves a core to the loader: OpenMP's threads spin while they wait for one that has none
+    else:  # leave a core for the loader: OpenMP's threads spin while they wait for one that has no core
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cpu_count() - 1)))
     if WORLD > 1:
         with user_error(f"WORLD_SIZE is {WORLD}: start with torchrun, or unset it", ValueError):
@@ -985,9 +988,7 @@ def main(argv=None):
         if not steps_per_epoch:
             fail(f"--batch {cfg.batch}: {len(pairs)} pairs make no step; at most {len(pairs)}")
         if cfg.warmup >= cfg.epochs * steps_per_epoch:
-            fail(
-                f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, so as to end in the run"
-            )
+            fail(f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, to end within the run")
         run = describe_run(cfg, pairs)
         checkpoint = find_checkpoint(cfg, run)
 
