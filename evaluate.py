@@ -44,7 +44,7 @@ class Options:
     split: Literal["all", "test"] = "all"  # rows of --planes to score: all, or only those with `Train ` = 0
     table: str = ""  # your own images: a table with the columns `image` (relative to the table) and `label`
     labels: str = ""  # classes of --table: planes, brain, or a JSON file class -> [prompts], as for export.py
-    # JSON files class -> [prompts], merged, in place of our prompts; without `ga` our age templates remain
+    # JSON files class -> [prompts], merged, in place of our prompts; without `ga` in them, our age templates stay
     prompts: tuple[str, ...] = ()
     model: str = ""  # any open_clip model, hf-hub:... too
     weights: str = ""  # PATH or open_clip TAG for --model
@@ -139,7 +139,7 @@ WHO_HC_97_5 = (2.50074069629423, 0.220067854715719, -0.00493623111462443, 0.0000
 # Ages in days -> mm.
 who_hc = lambda days, curve=WHO_HC_50: np.exp(np.polyval(curve[::-1], np.asarray(days) / 7))
 
-# Where a row has its class, and in which figure it is scored.
+# Task, which is a column of the rows with a class -> the figure that scores it.
 SCORES = {"planes": "f1_5plane", "brain": "f1_3brain"}
 PLANES = {  # FETAL_PLANES_DB's `Plane` -> class
     "Fetal abdomen": "abdomen",
@@ -379,7 +379,7 @@ def unit(embeddings):
     """Unit-norm fp32, for bf16 would move half of the ages. What is not finite ends the program: it would be
     scored like anything else."""
     if not embeddings.isfinite().all():
-        fail("an embedding is not finite numbers: these weights are of no use")
+        fail("an embedding is not finite: these weights are unusable")
     return torch.nn.functional.normalize(embeddings.float(), dim=-1)
 
 
@@ -388,7 +388,7 @@ def embed_images(model, images, args):
     """n paths -> (n, D) unit-norm features on the CPU. args: `batch` images at a time, `workers` threads."""
     read = lambda path: np.array(dark.square(Image.open(path), model.size, model.interpolation))  # (S, S, 3)
     features = []
-    with ThreadPoolExecutor(max(1, args.workers)) as pool:  # Pillow decodes and resizes without Python's lock
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:  # decoding and resizing release Python's lock
         for start in progress(range(0, len(images), args.batch), "images"):
             paths = images[start : start + args.batch]
             decoded = pool.map(read, paths)
@@ -440,7 +440,7 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
 
     model, tokenizer   an open_clip model in eval mode, and its own tokenizer
     images             (n, 3, S, S), padded, resized and normalised for it, or their embeddings (n, D)
-    pixel_mm           (n,): mm per pixel of those S x S images. Two decimals are stated: few are distinct, so
+    pixel_mm           (n,): mm per pixel of those S x S images, stated to two decimals: few values differ, so
                        each prompt is encoded once and not once an image
     templates          strings with {weeks}, {day} and {pixel_spacing}
     """
@@ -464,10 +464,10 @@ def ga_similarity(model, tokenizer, images, pixel_mm, templates):
 
 
 def measure_heads(model, features, rows, templates, args):
-    """HC18 -> figures; `heads` -> of those that count the predicted weeks and the true mm."""
+    """HC18 -> figures; `heads` -> predicted weeks and true mm of the heads that count."""
     hc_mm = torch.tensor([row["hc_mm"] for row in rows])
     size = args.spacing_size or model.size
-    # Of an image that was padded to a square, whose side is its longer one, and resized to `size` pixels.
+    # Mm per pixel once an image is padded to a square, whose side is the longer one, and resized to `size`.
     pixel_mm = [row["pixel_mm"] * max(Image.open(row["image"]).size) / size for row in rows]
     result = validity(ga_similarity(model.clip, model.tokenizer, features, pixel_mm, templates), hc_mm)
     days = result["days"][result["counted"]]
@@ -545,7 +545,7 @@ def measure(model, tasks, args):
 
 
 def compare(figures, answers, teacher_figures, teacher_answers):
-    """Adds to a student's figures what it keeps of its teacher: share of its scores, order of its planes."""
+    """Adds to a student's figures the retention of its teacher's scores, and the rank correlation of logits."""
     for key in ("probe_planes", "probe_brain", "chd_auroc"):
         if teacher_figures.get(key):
             figures[f"{key}_retention_percent"] = 100 * figures[key] / teacher_figures[key]
@@ -591,7 +591,7 @@ FORMATS = {"params": ",.0f", "hc18_validity": ".1f"}  # all others: .3f
 
 
 def seed_means(records, runs):
-    """A record with mean and sd for each group of checkpoints whose `runs` are equal: only seeds differ."""
+    """A record with mean and sd for each group of checkpoints with equal `runs`, which differ in the seed."""
     groups = {}
     for record, run in zip(records, runs):
         if run:

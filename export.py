@@ -94,13 +94,13 @@ def choose_paths(args):
     checkpoint = Path(args.checkpoint or "out/student.pt")
     package = Path(args.out or checkpoint.with_name("MobileFetalCLIP.mlpackage"))
     report = package.with_name("export.json")
-    if args.model and not args.out:  # names that replace nothing of a trained model
+    if args.model and not args.out:  # so as not to replace a trained model's files
         name = re.sub(r"[^\w.-]+", "-", args.model)  # local-dir:/a/b -> local-dir-a-b
         package = Path(f"out/{name}.mlpackage")
         report = Path(f"out/{name}.json")
     if package.suffix != ".mlpackage" or (package.exists() and not (package / "Manifest.json").is_file()):
         fail(f"--out {package}: must end in .mlpackage, and only a Core ML package is replaced")
-    # A file is tried in the folder, or in the nearest one that exists already. Nothing is left of it.
+    # Tries a temporary file in the folder, or in its nearest parent that exists.
     with dark.user_error(f"--out {package}: cannot be written"):
         folder = next(parent for parent in package.parents if parent.exists())
         tempfile.TemporaryFile(dir=folder).close()
@@ -119,7 +119,7 @@ def find_iphone():
 
 
 def open_subject(args):
-    """-> dark.Model in eval mode, and what the package's metadata tells of its weights."""
+    """-> dark.Model in eval mode, and what the metadata says about the weights."""
     if args.model:
         path = args.weights
         model = dark.open_model(
@@ -174,7 +174,7 @@ def fuse(tower, images):
 
     tower: a Phone; images: (n, 3, S, S), n > 1. Returns the fused copy and the largest change of an
     embedding, or the tower itself and None where there is nothing to fuse, as in a ViT. Ends the program
-    where the change is too large. It is judged in fp64, where a right merge changes at most 1e-11 of the
+    where the change is too large. It is judged in fp64, where a correct merge changes at most 1e-11 of the
     distance between two images and a wrong one 1e-2. In fp32 these could not be told apart in a fresh
     FastViT, which answers nearly the same to every image.
     """
@@ -198,7 +198,7 @@ def fuse(tower, images):
 
 
 def choose_precision(program, precision):
-    """Where Core ML computes in fp16: nowhere, or in all of an exported program but its head."""
+    """fp32 everywhere, or fp16 everywhere but in the head of the exported program."""
     if precision == "fp32":
         return ct.precision.FLOAT32
     # The head, a few thousand operations, is what Phone.forward does after the tower. It stays in fp32: in
@@ -255,7 +255,7 @@ def describe(package, model, prompts, about):
 
 
 def save(package, path):
-    """Writes the package and returns its bytes. A complete one replaces an old one, by a rename."""
+    """Writes the package and returns its bytes. An old one is moved away only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         new = Path(folder) / path.name
@@ -282,7 +282,7 @@ def count_costs(trained, fused, image):
         fused(image)
     torch.backends.mha.set_fastpath_enabled(True)
     flops = counter.get_flop_counts()["Global"]
-    macs = {}  # each is two operations
+    macs = {}  # one counts as two operations
     macs["convolutions"] = flops.pop(torch.ops.aten.convolution, 0) / 2e9
     macs["attention"] = flops.pop(torch.ops.aten.bmm, 0) / 2e9
     macs["matrix products"] = sum(flops.values()) / 2e9
@@ -318,7 +318,7 @@ def time_pytorch(trained, fused, image, runs):
     rows = []
     for runtime, tower in towers.items():
         tower.to(memory_format=torch.channels_last)  # in which the fused tower is fastest
-        # Median and p90 need single runs, to each of which torch.utils.benchmark would add two.
+        # Median and p90 need single runs; torch.utils.benchmark would add two extra runs to each.
         seconds = timeit.repeat(lambda: tower(image), number=1, repeat=WARM_UP + runs)[WARM_UP:]
         rows.append(latency_row(runtime, "CPU, 1 thread", "fp32", 1e3 * np.array(seconds)))
     return rows
@@ -394,7 +394,7 @@ def main(argv=None):
     trained = Phone(model, classes)
     images = draw_images(model.size)
     if not torch.cat(trained(images), dim=1).isfinite().all():
-        fail(f"{about['source']}: what it answers to an image is not finite: these weights are of no use")
+        fail(f"{about['source']}: an image's embedding is not finite: these weights are unusable")
     fused, change = fuse(trained, images)
     replaces = f"\nreplaces {package_path}" if package_path.exists() else ""
     print(f"{about['source']}: {model.name}, {model.size} x {model.size}{replaces}")
