@@ -44,7 +44,7 @@ class Options:
     split: Literal["all", "test"] = "all"  # rows of --planes to score: all, or only those with `Train ` = 0
     table: str = ""  # your own images: a table with the columns `image` (relative to the table) and `label`
     labels: str = ""  # classes of --table: planes, brain, or a JSON file class -> [prompts], as for export.py
-    # JSON files class -> [prompts], merged, in place of our prompts; without `ga` in them, our age templates stay
+    # JSON files class -> [prompts], merged, in place of our prompts; without `ga`, our age templates stay
     prompts: tuple[str, ...] = ()
     model: str = ""  # any open_clip model, hf-hub:... too
     weights: str = ""  # PATH or open_clip TAG for --model
@@ -545,7 +545,7 @@ def measure(model, tasks, args):
 
 
 def compare(figures, answers, teacher_figures, teacher_answers):
-    """Adds to a student's figures the retention of its teacher's scores, and the rank correlation of logits."""
+    """Adds to a student's figures the retention of its teacher's scores and the rank correlation."""
     for key in ("probe_planes", "probe_brain", "chd_auroc"):
         if teacher_figures.get(key):
             figures[f"{key}_retention_percent"] = 100 * figures[key] / teacher_figures[key]

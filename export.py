@@ -255,7 +255,7 @@ def describe(package, model, prompts, about):
 
 
 def save(package, path):
-    """Writes the package and returns its bytes. An old one is moved away only when the new one is complete."""
+    """Writes the package, returns its bytes. An old one is moved away only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         new = Path(folder) / path.name

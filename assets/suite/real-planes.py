@@ -60,7 +60,7 @@ def train(folder, pairs, flags):
 
 
 def score(folder, flags):
-    """-> what evaluate.py measures of the model in this folder, with the commit and seconds of its training."""
+    """-> what evaluate.py measures of a model, with the commit and the seconds of its training."""
     if not (folder / "results.json").exists():
         python(RUNS / "score.log", "evaluate.py", folder / "student.pt", *flags)
     (figures,) = json.loads((folder / "results.json").read_text())
