@@ -857,8 +857,7 @@ def lock_folder(out):
     lock = filelock.FileLock(f"{out}/.lock{RANK}", timeout=0)
     with user_error(f"--out {out}: cannot be written, or is in use by another run", OSError):
         os.makedirs(out, exist_ok=True)
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def find_checkpoint(cfg, run):
