@@ -15,6 +15,7 @@ The file reads from top to bottom: configuration; schedules and loss; models; da
 checkpoints and command line. To see the method alone, read `dark_loss` and `train`.
 """
 
+import atexit
 import csv
 import glob
 import hashlib
@@ -746,19 +747,18 @@ def script():
     It changes the state of the whole process, so it must not run on import.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
+    atexit.register(kill_loaders)
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which may well be wanted
-    harmless = "Grad strides|.*all_gather is deprecated"  # DDP and `gather` warn of this
-    warnings.filterwarnings("ignore", harmless)
+    # DDP and `gather` warn of what is harmless.
+    warnings.filterwarnings("ignore", "Grad strides|.*all_gather is deprecated")
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot do this
         # A line is in the file when it is written, and a path of any bytes can be printed, as on stderr.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed loader an error
         tqdm.write("interrupted", file=sys.stderr)
-        for loader in torch.multiprocessing.active_children():
-            loader.kill()
+        kill_loaders()
         if WORLD > 1:
             os._exit(130)  # at once: the other processes may never answer
         sys.exit(130)
@@ -776,9 +776,15 @@ def script():
 
 
 def ignore_signals(_):
-    """Runs in each loader: the main process alone answers a signal that was sent to the whole group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Runs in each loader: the main process alone answers a SIGTERM that was sent to the whole group."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def kill_loaders():
+    """Python would wait for them at its exit, after it sent the SIGTERM that they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed loader an error
+    for loader in torch.multiprocessing.active_children():
+        loader.kill()
 
 
 FORMAT = "dark-4"
@@ -969,8 +975,10 @@ def introduce(cfg, teacher, steps_per_epoch):
         print(f"teacher {cfg.teacher}, weights: {cfg.teacher_weights or 'its own'}")
         print(f"  logit scale / tau: {softened * cfg.tau:.1f} / {cfg.tau:g} = {softened:.1f}{advice}")
     crossing = f", zero at epoch {cfg.epochs / (1 - cfg.r):.1f}" if cfg.r < 0 else ""
-    beta = f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
-    print(f"{cfg.epochs} epochs of {steps_per_epoch} steps; {beta}")
+    print(
+        f"{cfg.epochs} epochs of {steps_per_epoch} steps; "
+        f"beta {cfg.beta0:g} -> {cfg.r * cfg.beta0:g}{crossing}"
+    )
 
 
 @script()
