@@ -280,13 +280,12 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
     if tag and listed.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu"):
         fail(f"{tag}: was trained with QuickGELU, which {name} does not have; open it as {name}-quickgelu")
 
-    context = context_length or None
     with user_error(f"{name} {tag}: cannot be opened"):
         # open_clip goes on with random weights where a download fails, unless they are required.
         clip = open_clip.create_model(
-            name, tag or None, force_context_length=context, require_pretrained=bool(tag)
+            name, tag or None, force_context_length=context_length or None, require_pretrained=bool(tag)
         )
-        tokenizer = open_clip.get_tokenizer(name, context_length=context)
+        tokenizer = open_clip.get_tokenizer(name, context_length=context_length or None)
     preprocess = clip.visual.preprocess_cfg | listed
     if weights and not tag:
         preprocess.update(load_weights(clip, name, weights))
@@ -557,8 +556,7 @@ def read_table(path, *choices):
         # Between tabs a quotation mark is usually a literal character, such as the first of a caption.
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
+        header = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = list(reader)
     fitting = [columns for columns in choices if set(columns) <= set(header)]
     if not fitting or not rows:
@@ -781,10 +779,14 @@ def ignore_signals(_):
 
 
 def kill_loaders():
-    """Python would wait for them at its exit, after it sent the SIGTERM that they ignore."""
+    """Python would wait for them at its exit, after it sent the SIGTERM that they ignore.
+
+    Only daemons, which loaders are: a program that calls `main` may have other processes of its own.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call a killed loader an error
-    for loader in torch.multiprocessing.active_children():
-        loader.kill()
+    for process in torch.multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 FORMAT = "dark-4"
