@@ -52,7 +52,7 @@ from joblib import cpu_count
 from PIL import Image, ImageEnhance, ImageOps
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint as recompute
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -218,15 +218,14 @@ class Model(nn.Module):
 
     def normalize(self, pixels):
         """(n, 3, size, size) in 0..1 -> the same shape, normalised for the image tower."""
-        values = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1)
-        mean, std = values.to(pixels.device, non_blocking=True)  # the CPU need not wait for it
+        # Not blocking: the CPU need not wait for the GPU.
+        mean, std = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1).to(pixels.device, non_blocking=True)
         return (pixels - mean) / std
 
     def embed(self, pixels, tokens):
         """(n, size, size, 3) uint8, (n, context) -> image (n, D), text (n, D), both fp32."""
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
-            pixels = self.normalize(pixels.permute(0, 3, 1, 2) / 255)
-            image = self.clip.encode_image(pixels)
+            image = self.clip.encode_image(self.normalize(pixels.permute(0, 3, 1, 2) / 255))
             text = self.clip.encode_text(tokens)
         return image.float(), text.float()
 
@@ -311,10 +310,13 @@ def load_weights(clip, name, path):
     text tower of older names: each is converted to today's open_clip.
     """
     content = read_weights(path)
-    states = find_states(content)
+    states = list(find_states(content))
     if len(states) != 1:
-        fail(f"{path}: must hold one CLIP, by its logit_scale; found are {list(states) or list(content)[:9]}")
-    ((holder, prefix),) = states.values()
+        fail(
+            f"{path}: must hold one CLIP, by its logit_scale; "
+            f"found are {[key for key, *_ in states] or list(content)[:9]}"
+        )
+    ((_, holder, prefix),) = states
     state = {key.removeprefix(prefix): x for key, x in holder.items() if key.startswith(prefix)}
     if "visual.trunk.patch_embed.0.rbr_conv.0.conv.weight" in state:
         trunk = {}
@@ -335,14 +337,12 @@ def load_weights(clip, name, path):
 
 
 def find_states(content, where=""):
-    """The CLIPs in nested dictionaries: path of a logit_scale -> its dictionary, the prefix of its keys."""
-    states = {}
+    """Yields for each CLIP in nested dictionaries the path of its logit_scale, its dictionary, its prefix."""
     for key, value in content.items():
         if isinstance(value, dict):
-            states.update(find_states(value, f"{where}{key}."))
+            yield from find_states(value, f"{where}{key}.")
         elif isinstance(value, torch.Tensor) and str(key).endswith("logit_scale"):
-            states[where + key] = content, key.removesuffix("logit_scale")
-    return states
+            yield where + key, content, key.removesuffix("logit_scale")
 
 
 class Ignored(list):
@@ -351,8 +351,7 @@ class Ignored(list):
     def __init__(self, *_):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 def read_weights(path):
@@ -411,8 +410,8 @@ class Pairs:
             image = Image.new("L", (1, 1))
             problem = f"{path}: {error}"
         views = []
-        for size, interpolation in self.sizes:
-            view = augment(square(image, size, interpolation), [self.seed, epoch, index])
+        for view in squares(image, self.sizes):
+            view = augment(view, [self.seed, epoch, index])
             views.append(torch.from_numpy(np.array(view)))
         return views, [tokens[index] for tokens in self.tokens], problem
 
@@ -434,9 +433,8 @@ def tokenize(tokenizer, texts):
     tokens = tokenizer(texts)
     bar = tqdm(texts, "tokens", leave=False, delay=2, disable=None)
     longer = tokenizer(bar, tokenizer.context_length + 1)
-    used = (tokens != tokens[0]).sum(1)
-    needed = (longer != longer[0]).sum(1)
-    return tokens[1:], (needed > used)[1:]
+    n_used = lambda tokens: (tokens != tokens[0]).sum(1)
+    return tokens[1:], (n_used(longer) > n_used(tokens))[1:]
 
 
 def batches(n, batch, epochs, seed, process=0, world=1):
@@ -457,30 +455,41 @@ def augment(image, key):
     rng = np.random.default_rng(key)
     angle = rng.uniform(-7, 7)  # degrees
     shift = rng.uniform(-0.05, 0.05, 2) * image.width
-    brightness, contrast, saturation = rng.uniform(0.85, 1.15, 3)
     image = image.rotate(angle, Image.Resampling.BILINEAR, translate=shift.tolist())
-    image = ImageEnhance.Brightness(image).enhance(brightness)
-    image = ImageEnhance.Contrast(image).enhance(contrast)
-    return ImageEnhance.Color(image).enhance(saturation)
+    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhancer(image).enhance(rng.uniform(0.85, 1.15))
+    return image.convert("RGB")
 
 
 def square(image, size, interpolation):
     """An opened image of any Pillow mode -> RGB, upright (EXIF), centred in a black square, resized."""
+    return next(squares(image, [(size, interpolation)])).convert("RGB")
+
+
+def squares(image, sizes):
+    """Yields what `square` returns for each (size, interpolation); all but resizing is done once.
+
+    A grey image (mode L) stays in one channel: the same pixels, with augmentation in two thirds of the time.
+    """
     image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # as many kinds again: metadata that cannot be read is ignored
         pass
     if image.mode[0] in "IF":  # high-bit-depth greys (I, I;16, F), which Pillow's convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        # White is the smallest usual maximum that fits, of 1, 8, 12 or 16 bits.
-        white = next((white for white in (1, 255, 4095, 65535) if white >= values.max()), values.max())
+        # White is the smallest usual maximum that fits, of 1, 8, 12 or 16 bits, else the image's own.
+        white = next(white for white in (1, 255, 4095, 65535, values.max()) if white >= values.max())
         image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
     side = max(image.size)
-    pixels = pil_to_tensor(ImageOps.pad(image.convert("RGB"), (side, side)))  # (3, side, side)
-    # torch gives Pillow's pixels, up to 1 of 255, in less than a fifth of Pillow's time.
-    pixels = F.interpolate(pixels[None], (size, size), mode=interpolation, antialias=True)[0]
-    return to_pil_image(pixels)
+    image = ImageOps.pad(image, (side, side))
+    pixels = torch.from_numpy(np.array(image)).view(1, side, side, -1).permute(0, 3, 1, 2)
+    for size, interpolation in sizes:
+        # torch gives Pillow's pixels, up to 1 of 255, in less than a fifth of Pillow's time.
+        resized = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)
+        yield to_pil_image(resized[0])
 
 
 def find_pairs(sources):
@@ -501,13 +510,11 @@ def find_pairs(sources):
 
 def find_in_table(path):
     """Columns `image`, relative to the table, and `caption`; or open_clip's `filepath` and `title`."""
-    pairs = []
     for name, caption in read_table(path, ("image", "caption"), ("filepath", "title")):
-        image = os.path.join(os.path.dirname(path), name)
-        if not os.path.isfile(image):
+        image = Path(path).parent / name
+        if not image.is_file():
             fail(f"--data {path}: the image {image} is not there")
-        pairs.append((image, 0, os.path.getsize(image), caption))
-    return pairs
+        yield str(image), 0, image.stat().st_size, caption
 
 
 def find_in_tar(path):
@@ -520,10 +527,12 @@ def find_in_tar(path):
         tarfile.open(path, "r:") as tar,
     ):
         for member in tar:
+            if not member.isfile():
+                continue
             key, extension = os.path.splitext(member.name)
-            if member.isfile() and extension.lower() == ".txt":
+            if extension.lower() == ".txt":
                 texts[key] = tar.extractfile(member).read()
-            elif member.isfile() and extension.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            elif extension.lower() in (".jpg", ".jpeg", ".png", ".webp"):
                 if key in images:
                     fail(f"--data {path}: key {key} has more than one image")
                 images[key] = member
@@ -761,7 +770,7 @@ def script():
             os._exit(130)  # at once: the other processes may never answer
         sys.exit(130)
     except (OSError, MemoryError, subprocess.CalledProcessError) as error:
-        message = str(error).strip() or type(error).__name__
+        message = str(error) or type(error).__name__
         fail(message.splitlines()[-1], 1)  # a loader's error begins with its traceback
     except RuntimeError as error:
         if "shared memory" in str(error):
@@ -809,7 +818,7 @@ def write_atomically(path, content):
     """Writes bytes to a temporary file and renames it: a kill leaves the old file or the new, never half."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def describe_run(cfg, pairs):
@@ -862,10 +871,9 @@ def model_from_checkpoint(content):
 
 def lock_folder(out):
     """Makes --out, and keeps every other run out of it until main ends, however that happens."""
-    lock = filelock.FileLock(f"{out}/.lock{RANK}", timeout=0)
     with user_error(f"--out {out}: cannot be written, or is in use by another run", OSError):
         os.makedirs(out, exist_ok=True)
-        return lock.acquire()
+        return filelock.FileLock(f"{out}/.lock{RANK}", timeout=0).acquire()
 
 
 def find_checkpoint(cfg, run):
@@ -916,22 +924,20 @@ def parse_args(argv=None):
 
 
 def check_values(cfg):
-    least = dict(
-        batch=2,
+    least = dict(  # 0 for the others
+        beta0=-math.inf,
+        r=-math.inf,
+        diag=-math.inf,
+        workers=-1,
         epochs=1,
         log_every=1,
-        workers=-1,
-        seed=0,
-        micro_batch=0,
-        context_length=0,
-        warmup=0,
-        smooth=0,
+        batch=2,
         tau=1e-12,
         lr=1e-12,
         clip_norm=1e-12,
     )
     for name, value in vars(cfg).items():
-        smallest = least.get(name, -math.inf)
+        smallest = least.get(name, 0)
         if isinstance(value, int | float) and not smallest <= value < math.inf:
             fail(f"--{name.replace('_', '-')} {value}: must be finite and at least {smallest}")
     if cfg.smooth >= 1:
