@@ -96,8 +96,8 @@ class Config:
     ablation: Literal[("", *ABLATIONS)] = ""  # a row of Table 3 sets the flags above; a flag beside it wins
     teacher: str = "ViT-L-14"  # open_clip name (of FetalCLIP: ViT-L-14; of OpenAI's: ViT-L-14-quickgelu)
     teacher_weights: str = ""  # PATH (a checkpoint of this script works too) or open_clip TAG
-    student: str = "MobileCLIP2-S0"  # open_clip name
-    student_weights: str = ""  # PATH or open_clip TAG; without it the student starts at random
+    student: str = "MobileCLIP2-S0"  # open_clip name; hf-hub:... and local-dir:... bring their weights
+    student_weights: str = ""  # PATH or open_clip TAG; without either the student starts at random
     context_length: int = 0  # tokens, of both models (117 for FetalCLIP); 0: each model's own
     data: tuple[str, ...] = ()  # pairs.csv | pattern of tars, one or more; without it the demonstration runs
     epochs: int = 20  # passes over the data
@@ -109,14 +109,14 @@ class Config:
     clip_norm: float = 1.0  # largest L2 norm of the gradient
     seed: int = 42  # of the weights, the order of the pairs and their augmentation
     out: str = "out"  # folder for student.pt, log.jsonl and curves.png
-    workers: int = -1  # processes that read images; -1: one fewer than its share of the cores, 1 to 16
+    workers: int = -1  # loader processes; -1: one fewer than this process's share of the cores, 1 to 16
     device: str = "auto"  # auto (cuda if available, else cpu) | cpu | cuda | cuda:N | mps
     log_every: int = 10  # optimizer steps between two lines of log.jsonl
     resume: bool = False  # go on from the checkpoint in --out, if there is one
     overwrite: bool = False  # replace the run in --out
 
 
-# The defaults without --data. The teacher's logit scale is 19, near the paper's 100 / 5 = 20: hence tau 0.9.
+# The defaults without --data. The teacher's logit scale is 19.3; 19.3 / 0.9 = 21 is near the paper's 100 / 5.
 DEMONSTRATION = dict(
     student="demo-fastvit",
     teacher="demo-teacher",
@@ -157,10 +157,10 @@ def dark_loss(image, text, scale, t_image, t_text, t_scale, *, beta, diag=1.0, c
                       negative `beta` rewards larger logits without end, and nothing else stops it
     beta              weight of the off-diagonal, the pairs that do not match (see `beta_at`)
     diag, clip        weights of the diagonal and of the CLIP loss; diag = beta gives Eq. 4
-    tau               temperature of the teacher alone. The student's logits keep the scale they are used
-                      at, so there is no tau**2 factor either. Choose it so that t_scale / tau is near 20,
-                      as in the paper (100 / 5): 14 / 5 makes an almost uniform target, against which
-                      repulsion pushes all pairs apart equally
+    tau               temperature of the teacher alone. The student is not softened, so its gradients do
+                      not shrink, and no factor tau**2 makes up for it. Choose tau so that t_scale / tau is
+                      near 20, as in the paper (100 / 5): 14 / 5 makes an almost uniform target, against
+                      which repulsion pushes all pairs apart equally
     smooth            epsilon: the target becomes (1 - epsilon) * p + epsilon / N
 
     Returns the loss, clip * CLIP + diag * diagonal + beta * off-diagonal, and its three terms, detached. All
@@ -214,7 +214,7 @@ class Model(nn.Module):
         self.name = name
         self.clip = clip
         self.tokenizer = tokenizer
-        vars(self).update({key: preprocess[key] for key in PREPROCESS})
+        vars(self).update({key: preprocess[key] for key in PREPROCESS})  # self.size, self.mean and so on
 
     def normalize(self, pixels):
         """(n, 3, size, size) in 0..1 -> the same shape, normalised for the image tower."""
@@ -269,8 +269,8 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
     model's first tag (open_clip itself takes OpenAI's for a path). `mean` and `std`, such as
     "0.48,0.46,0.41", and `interpolation` override them.
     """
-    if ":" not in name:  # neither hf-hub:... nor local-dir:...
-        name = name.replace("/", "-")
+    if ":" not in name:  # hf-hub:a/b and local-dir:/a keep their slashes
+        name = name.replace("/", "-")  # ViT-B/32 is listed as ViT-B-32
     tag = "" if os.path.isfile(weights) else weights
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
@@ -290,13 +290,14 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
         preprocess.update(load_weights(clip, name, weights))
     for key, text in (("mean", mean), ("std", std)):
         if text:
-            wanted = f"--{key} {text}: needs three numbers, such as 0.485,0.456,0.406, for --std above 0"
-            with user_error(wanted, ValueError):
+            wanted = f"--{key} {text}: needs three numbers (for --std above 0), such as 0.485,0.456,0.406"
+            with user_error(wanted, ValueError):  # also where they are not three
                 preprocess[key] = red, green, blue = [float(number) for number in text.split(",")]
-            if key == "std" and min(preprocess[key]) <= 0:
+            if key == "std" and not min(preprocess[key]) > 0:  # nan is not
                 fail(wanted)
     if interpolation:
         preprocess["interpolation"] = interpolation
+    # Some have one number there, some (height, width).
     height, preprocess["size"] = np.broadcast_to(preprocess["size"], 2).tolist()
     if height != preprocess["size"]:
         fail(f"{name}: takes {preprocess['size']} x {height} pixels; only square images are supported")
@@ -304,7 +305,7 @@ def open_model(name, weights="", context_length=0, mean="", std="", interpolatio
 
 
 def load_weights(clip, name, path):
-    """Loads a file's state dict strictly. Returns the preprocessing in a checkpoint of this script, else {}.
+    """Loads a file's state dict strictly. Returns its `preprocess` (our checkpoints have one) or {}.
 
     What is published comes in wrappers, with prefixes, with Apple's names of FastViT's layers, or with a
     text tower of older names: each is converted to today's open_clip.
@@ -313,19 +314,20 @@ def load_weights(clip, name, path):
     states = list(find_states(content))
     if len(states) != 1:
         fail(
-            f"{path}: must hold one CLIP, by its logit_scale; "
-            f"found are {[key for key, *_ in states] or list(content)[:9]}"
+            f"{path}: needs exactly one CLIP, that is one key that ends in logit_scale; "
+            f"it has {[key for key, *_ in states] or list(content)[:9]}"
         )
-    ((_, holder, prefix),) = states
-    state = {key.removeprefix(prefix): x for key, x in holder.items() if key.startswith(prefix)}
-    if "visual.trunk.patch_embed.0.rbr_conv.0.conv.weight" in state:
-        trunk = {}
-        for key in [key for key in state if key.startswith("visual.trunk.")]:
-            trunk[key.removeprefix("visual.trunk.")] = state.pop(key)
-        for key, x in timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk).items():
-            state[f"visual.trunk.{key}"] = x
-    state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
+    _, holder, prefix = states[0]
     with user_error(f"{path}: a {content.get('architecture', 'model')} that does not fit {name}"):
+        state = {key.removeprefix(prefix): x for key, x in holder.items() if key.startswith(prefix)}
+        if "visual.trunk.patch_embed.0.rbr_conv.0.conv.weight" in state:
+            trunk = {}
+            for key in list(state):  # list, since pop changes the state
+                if key.startswith("visual.trunk."):
+                    trunk[key.removeprefix("visual.trunk.")] = state.pop(key)
+            for key, x in timm.models.fastvit.checkpoint_filter_fn(trunk, clip.visual.trunk).items():
+                state[f"visual.trunk.{key}"] = x
+        state.pop("text.transformer.embeddings.position_ids", None)  # a buffer of older transformers
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
         state = open_clip.convert.convert_state_dict(clip, state)
         if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
@@ -333,11 +335,14 @@ def load_weights(clip, name, path):
         open_clip.model.resize_pos_embed(state, clip)
         open_clip.model.resize_text_pos_embed(state, clip)
         clip.load_state_dict(state)
-    return content.get("preprocess", {})
+    return content.get("preprocess") or {}
 
 
 def find_states(content, where=""):
-    """Yields for each CLIP in nested dictionaries the path of its logit_scale, its dictionary, its prefix."""
+    """Yields (path, dictionary, prefix) for every CLIP in nested dictionaries.
+
+    {"model": {"module.logit_scale": x}} has one: "model.module.logit_scale", the inner dictionary, "module.".
+    """
     for key, value in content.items():
         if isinstance(value, dict):
             yield from find_states(value, f"{where}{key}.")
@@ -346,7 +351,10 @@ def find_states(content, where=""):
 
 
 class Ignored(list):
-    """Stands in for what training scripts leave beside the weights, such as a Namespace or a Path."""
+    """Stands in for what training scripts leave beside the weights, such as a Namespace or a Path.
+
+    It is a list because torch appends to nothing else.
+    """
 
     def __init__(self, *_):
         pass
@@ -358,11 +366,11 @@ def read_weights(path):
     """A file of weights -> the dictionary in it, on the CPU. No code of the file is run."""
     with user_error(path, OSError), open(path, "rb") as file:
         head = file.read(64)
-    if head.lstrip().startswith((b"<", b"version https://git-lfs")):
-        fail(f"{path}: is a web page or a Git LFS pointer (`git lfs pull` brings the file): {head[:40]}")
     if head[8:10] == b'{"':
         with user_error(f"{path}: not a valid safetensors file"):
             return safetensors.torch.load_file(path)
+    if head.lstrip().startswith((b"<", b"version https://git-lfs")):
+        fail(f"{path}: is a web page or a Git LFS pointer (`git lfs pull` brings the file): {head[:40]}")
     stand_ins = []
     dictionary = lambda *_: {}
     with user_error(f"{path}: not a file of weights"):
@@ -383,19 +391,19 @@ def read_weights(path):
 
 
 class Pairs:
-    """A dataset of the pairs of `find_pairs`, prepared for each model. Its index is an (epoch, index)."""
+    """A dataset of the pairs of `find_pairs`, prepared for each model: dataset[epoch, index of the pair]."""
 
     def __init__(self, pairs, seed, models):
         self.pairs = pairs
         self.seed = seed
         self.sizes = [(model.size, model.interpolation) for model in models]
-        self.tokens = [read_captions(model, pairs) for model in models]
+        self.tokens = [tokenize_captions(model, pairs) for model in models]
 
     def __getitem__(self, item):
-        """-> for each model a view (S, S, 3) uint8; for each model tokens (context,); a problem, "" for none.
+        """-> views, one (S, S, 3) uint8 a model; tokens, one (context,) a model; a problem, "" for none.
 
-        All models see the same view, each in its own size: it is drawn from seed, epoch and index alone. An
-        image that does not decode is black, and the problem says why.
+        All models see the same view, each in its own size: its augmentation is drawn from seed, epoch and
+        index alone. An image that does not decode is black, and the problem says why.
         """
         epoch, index = item
         path, offset, length, _ = self.pairs[index]
@@ -416,7 +424,7 @@ class Pairs:
         return views, [tokens[index] for tokens in self.tokens], problem
 
 
-def read_captions(model, pairs):
+def tokenize_captions(model, pairs):
     """-> (n, context) tokens. Prints the preprocessing, and how many captions are cut off or repeated."""
     tokens, is_cut = tokenize(model.tokenizer, [caption for *_, caption in pairs])
     n_repeated = len(tokens) - len(tokens.unique(dim=0))
@@ -428,17 +436,21 @@ def read_captions(model, pairs):
 
 
 def tokenize(tokenizer, texts):
-    """-> (n, context) tokens, and a mask (n,) of the texts that are cut off: in more context they use it."""
-    texts = ["", *texts]  # where a text differs from the empty one, it has no padding
+    """-> (n, context) tokens, and a mask (n,) of the texts that are cut off.
+
+    Those are the texts that make use of one more token where the tokenizer allows it.
+    """
+    texts = ["", *texts]  # The empty text shows what padding looks like to this tokenizer.
     tokens = tokenizer(texts)
-    bar = tqdm(texts, "tokens", leave=False, delay=2, disable=None)
-    longer = tokenizer(bar, tokenizer.context_length + 1)
-    n_used = lambda tokens: (tokens != tokens[0]).sum(1)
+    longer = tokenizer(
+        tqdm(texts, "tokens", leave=False, delay=2, disable=None), tokenizer.context_length + 1
+    )
+    n_used = lambda rows: (rows != rows[0]).sum(1)
     return tokens[1:], (n_used(longer) > n_used(tokens))[1:]
 
 
 def batches(n, batch, epochs, seed, process=0, world=1):
-    """Yields this process's share of the batch, as (epoch, index) items, for every step of `epochs`.
+    """Yields for every step of these epochs this process's share of the batch, a list of (epoch, index).
 
     An epoch is a permutation drawn from (seed, epoch), without its incomplete batch. So no batch holds a pair
     twice, but it may hold two pairs with equal captions.
@@ -451,7 +463,10 @@ def batches(n, batch, epochs, seed, process=0, world=1):
 
 
 def augment(image, key):
-    """The paper's augmentation (3.6), drawn from `key`: rotation, shift, brightness, contrast, saturation."""
+    """The paper's augmentation (3.6): rotation, shift, brightness, contrast, saturation.
+
+    They are drawn from `key`, the seed of a random generator: [seed of the run, epoch, index].
+    """
     rng = np.random.default_rng(key)
     angle = rng.uniform(-7, 7)  # degrees
     shift = rng.uniform(-0.05, 0.05, 2) * image.width
@@ -462,23 +477,26 @@ def augment(image, key):
 
 
 def square(image, size, interpolation):
-    """An opened image of any Pillow mode -> RGB, upright (EXIF), centred in a black square, resized."""
+    """An opened image of any Pillow mode -> RGB, upright (EXIF), centred in a black square, resized.
+
+    The opened image itself is turned upright.
+    """
     return next(squares(image, [(size, interpolation)])).convert("RGB")
 
 
 def squares(image, sizes):
-    """Yields what `square` returns for each (size, interpolation); all but resizing is done once.
+    """Yields for each (size, interpolation) what `square` returns, but a grey image (mode L) in one channel.
 
-    A grey image (mode L) stays in one channel: the same pixels, with augmentation in two thirds of the time.
+    What the sizes share is done once. One channel is augmented faster, and to the same pixels as three.
     """
-    image.load()
+    image.load()  # here, so that the `except` below does not hide a broken image
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # as many kinds again: metadata that cannot be read is ignored
         pass
     if image.mode[0] in "IF":  # high-bit-depth greys (I, I;16, F), which Pillow's convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        # White is the smallest usual maximum that fits, of 1, 8, 12 or 16 bits, else the image's own.
+        # White is the smallest usual maximum that this image does not exceed, or else its own.
         white = next(white for white in (1, 255, 4095, 65535, values.max()) if white >= values.max())
         image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
     if image.mode not in ("L", "RGB"):
@@ -487,7 +505,7 @@ def squares(image, sizes):
     image = ImageOps.pad(image, (side, side))
     pixels = torch.from_numpy(np.array(image)).view(1, side, side, -1).permute(0, 3, 1, 2)
     for size, interpolation in sizes:
-        # torch gives Pillow's pixels, up to 1 of 255, in less than a fifth of Pillow's time.
+        # torch gives Pillow's pixels, to within 1 of 255, in less than a fifth of Pillow's time.
         resized = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)
         yield to_pil_image(resized[0])
 
@@ -496,7 +514,9 @@ def find_pairs(sources):
     """--data -> a list of (path, offset and length of the image in it, caption)."""
     pairs = []
     for source in sources:
-        for pattern in braceexpand(source):
+        with user_error(f"--data {source}", ValueError):
+            patterns = list(braceexpand(source))
+        for pattern in patterns:
             for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
                 if not os.path.exists(path):
                     fail(f"--data {path}: is not there")
@@ -518,7 +538,10 @@ def find_in_table(path):
 
 
 def find_in_tar(path):
-    """A WebDataset shard: a pair's image and txt share a key, the name up to its only dot."""
+    """A WebDataset shard: a pair's image and txt share a key, their name without the extension.
+
+    A key with a further dot is left out: WebDataset would take a.seg.png for another image of the key `a`.
+    """
     images = {}
     texts = {}
     pairs = []
@@ -536,7 +559,7 @@ def find_in_tar(path):
                 if key in images:
                     fail(f"--data {path}: key {key} has more than one image")
                 images[key] = member
-        # tarfile takes a file that is cut between two members for complete, and ignores a second tar in it.
+        # tarfile notices neither a file that is cut between two members nor a second tar behind the first.
         tar.fileobj.seek(tar.offset)
         rest = tar.fileobj.read(2**20)
     if len(rest) < 512 or any(rest):
@@ -565,6 +588,7 @@ def read_table(path, *choices):
         # Between tabs a quotation mark is usually a literal character, such as the first of a caption.
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         reader = csv.DictReader(io.StringIO(text), delimiter=separator, quoting=quoting, strict=True)
+        # The rows get these names too.
         header = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = list(reader)
     fitting = [columns for columns in choices if set(columns) <= set(header)]
@@ -611,7 +635,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         optimizer.load_state_dict(checkpoint["optimizer"])
     model = student
     if WORLD > 1:
-        # Some parameters get no gradient (CoCa's decoder, SigLIP's bias): a static graph waits for none.
+        # Some parameters (CoCa's decoder, SigLIP's bias) get no gradient. A static graph waits for none.
         model = nn.parallel.DistributedDataParallel(student, static_graph=True)
     workers = WORKERS if cfg.workers < 0 else cfg.workers
     loader = torch.utils.data.DataLoader(
@@ -625,7 +649,7 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
         pin_memory=device.type == "cuda",
     )
     first_step = first_epoch * steps_per_epoch
-    # One process shows a bar, and only on a terminal (None).
+    # One process shows a bar. `None` shows it only on a terminal.
     bar = tqdm(loader, "steps", total_steps, initial=first_step, disable=RANK > 0 or None)
     undecodable = []  # why, for each broken image of this process in this epoch
 
@@ -681,7 +705,10 @@ def train(cfg, device, student, teacher, data, run, checkpoint):
 
 
 def make_record(step, epoch, figures, tokens, undecodable, data):
-    """A line of log.jsonl. A figure that is not finite, or too many broken images, ends the run."""
+    """A line of log.jsonl, whose steps count from 0.
+
+    A figure that is not finite, or too many broken images, ends the run.
+    """
     figures = {name: torch.as_tensor(value).item() for name, value in figures.items()}
     if not all(map(math.isfinite, figures.values())):
         fail(f"not finite by step {step}: {figures}", 1)
@@ -749,9 +776,9 @@ def user_error(what, errors=Exception):
 
 @contextmanager
 def script():
-    """Wraps every main: Ctrl-C, SIGTERM, and what can go wrong at any time, exit with one line.
+    """Wraps every main. Ctrl-C, SIGTERM, a full disk, too little memory and the like exit with one line.
 
-    It changes the state of the whole process, so it must not run on import.
+    Signals, warnings and stdout stay as this sets them, so it must not run on import.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     atexit.register(kill_loaders)
@@ -765,7 +792,7 @@ def script():
         yield
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
-        kill_loaders()
+        kill_loaders()  # now: os._exit skips atexit, and a notebook does not exit
         if WORLD > 1:
             os._exit(130)  # at once: the other processes may never answer
         sys.exit(130)
@@ -788,7 +815,7 @@ def ignore_signals(_):
 
 
 def kill_loaders():
-    """Python would wait for them at its exit, after it sent the SIGTERM that they ignore.
+    """At its exit Python sends them SIGTERM, which they ignore, and waits for them. So this runs before that.
 
     Only daemons, which loaders are: a program that calls `main` may have other processes of its own.
     """
@@ -799,7 +826,8 @@ def kill_loaders():
 
 
 FORMAT = "dark-4"
-# How a run is carried out and where its files lie, not what it computes: these may change before a --resume.
+# These may change before a --resume. They do not change what a run computes, or it shows in other fields: the
+# values that an ablation sets, and the digest of captions and weights.
 RUN_FIELDS = (
     "ablation",
     "data",
@@ -830,8 +858,11 @@ def describe_run(cfg, pairs):
 
 
 def save(cfg, model, run, epoch, log, optimizer, projections):
-    """Writes student.pt and log.jsonl. `model_from_checkpoint` needs nothing else, and --teacher-weights and
-    --student-weights take the file, whose `state_dict` is open_clip's."""
+    """Writes student.pt and log.jsonl.
+
+    `model_from_checkpoint` needs nothing else (but of local-dir: and hf-hub: models where they came from),
+    and --teacher-weights and --student-weights take the file. Its `state_dict` is open_clip's.
+    """
     if RANK > 0:
         return
     content = dict(
@@ -924,10 +955,10 @@ def parse_args(argv=None):
 
 
 def check_values(cfg):
-    least = dict(  # 0 for the others
-        beta0=-math.inf,
-        r=-math.inf,
-        diag=-math.inf,
+    # What is not named here must be at least 0.
+    least = dict(
+        beta0=-1e300,
+        r=-1e300,
         workers=-1,
         epochs=1,
         log_every=1,
@@ -951,7 +982,10 @@ def check_values(cfg):
 
 
 def prepare_device(name):
-    """The device of this process; joins the process group where torchrun started several."""
+    """The device of this process. Sets the number of threads, and joins the process group of torchrun.
+
+    All processes but the first print to nowhere from then on.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with user_error(f"--device {name} (valid are auto, cpu, cuda, cuda:N, mps)"):
@@ -960,7 +994,7 @@ def prepare_device(name):
         device = torch.zeros(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:  # leave a core for the loader: OpenMP's threads spin while they wait for one that has no core
+    else:  # One core is left to the loader: a thread without a core would keep the others waiting for it.
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cpu_count() - 1)))
     if WORLD > 1:
         with user_error(f"WORLD_SIZE is {WORLD}: start with torchrun, or unset it", ValueError):
@@ -972,9 +1006,12 @@ def prepare_device(name):
 
 def introduce(cfg, teacher, steps_per_epoch):
     """What a user should know before the long work."""
-    print(f"student {cfg.student}, weights: {cfg.student_weights or 'none given'}")
+    print(
+        f"student {cfg.student}, weights: "
+        f"{cfg.student_weights or ('its own' if ':' in cfg.student else 'none given')}"
+    )
     if not cfg.student_weights and cfg.lr < 1e-4:
-        print(f"student starts at random: --lr {cfg.lr:g} is meant for trained weights, 1e-3 is usual")
+        print(f"  --lr {cfg.lr:g} is meant for trained weights; 1e-3 is usual for one that starts at random")
     if teacher:
         softened = teacher.clip.logit_scale.exp().item() / cfg.tau
         advice = (
@@ -1001,13 +1038,13 @@ def main(argv=None):
         pairs = find_pairs(cfg.data or (f"{PHANTOM}/train-*.tar",))
         steps_per_epoch = len(pairs) // cfg.batch
         if not steps_per_epoch:
-            fail(f"--batch {cfg.batch}: {len(pairs)} pairs make no step; at most {len(pairs)}")
+            fail(f"--batch {cfg.batch}: more than the {len(pairs)} pairs that there are")
         if cfg.warmup >= cfg.epochs * steps_per_epoch:
             fail(f"--warmup {cfg.warmup}: at most {cfg.epochs * steps_per_epoch - 1}, to end within the run")
         run = describe_run(cfg, pairs)
         checkpoint = find_checkpoint(cfg, run)
 
-        torch.manual_seed(cfg.seed % 2**63)
+        torch.manual_seed(cfg.seed % 2**63)  # torch takes none above that
         student = open_model(cfg.student, cfg.student_weights, cfg.context_length)
         teacher = None
         if cfg.teacher:

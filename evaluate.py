@@ -591,7 +591,10 @@ FORMATS = {"params": ",.0f", "hc18_validity": ".1f"}  # all others: .3f
 
 
 def seed_means(records, runs):
-    """A record with mean and sd for each group of checkpoints with equal `runs`, which differ in the seed."""
+    """A record with mean and sd for each group of checkpoints with equal `runs`, which differ in the seed.
+
+    Of checkpoints with one seed the last counts; `checkpoints` names those that did.
+    """
     groups = {}
     for record, run in zip(records, runs):
         if run:
