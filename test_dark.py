@@ -22,7 +22,7 @@ import tarfile
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -94,8 +94,7 @@ def random_batch(n=7, width=5, t_width=9):
     image, text = torch.randn(2, n, width, generator=draw).double()
     t_image, t_text = torch.randn(2, n, t_width, generator=draw).double()
     scale, t_scale = torch.tensor([12.0, 40.0]).double()
-    batch = [image, text, scale, t_image, t_text, t_scale]
-    return [x.clone().requires_grad_() for x in batch]
+    return [x.clone().requires_grad_() for x in (image, text, scale, t_image, t_text, t_scale)]
 
 
 def loss_by_loops(image, text, scale, t_image, t_text, t_scale, beta, diag, clip, tau, smooth):
@@ -559,19 +558,18 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def forked(tmp_path):
-    """(main, flags, before=None) -> main(flags) after before(), in a process and process group of its own.
+    """(main, flags, before) -> main(flags) after before(), in a process and process group of its own.
 
     Its stdout, on which only UTF-8 is allowed, and its stderr are files in the test's folder."""
     started = []
 
-    def fork(main, flags, before=None):
+    def fork(main, flags, before):
         def child():
             os.setsid()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout = open(tmp_path / "stdout", "w", encoding="utf-8", errors="strict")
             sys.stderr = open(tmp_path / "stderr", "w", buffering=1)
-            if before:
-                before()
+            before()
             main(flags.split())
 
         (tmp_path / "stdout").touch()
@@ -676,16 +674,16 @@ def test_killed_and_resumed_elsewhere_it_is_the_same_run_to_the_bit_with_dropout
 
 def test_an_interrupted_run_in_a_notebook_lets_go_of_its_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130") as kept:  # with its frames
-        patch.setattr(dark, "lr_at", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(dark, "lr_at", Mock(side_effect=KeyboardInterrupt))
         run(tmp_path)
 
     run(tmp_path, "--epochs 1")
     del kept
 
 
-NO_MEMORY = mock.Mock(side_effect=RuntimeError("unable to allocate shared memory(shm)"))
-NO_SPACE = mock.Mock(side_effect=OSError(28, "No space left"))
-OUR_FAULT = mock.Mock(side_effect=ZeroDivisionError)
+NO_MEMORY = Mock(side_effect=RuntimeError("unable to allocate shared memory(shm)"))
+NO_SPACE = Mock(side_effect=OSError(28, "No space left"))
+OUR_FAULT = Mock(side_effect=ZeroDivisionError)
 TROUBLE = [  # before which call, what happens; flags, the words of the last line
     ("lr_at", 1, NO_MEMORY, "--workers 1", "--workers 0"),
     ("write_atomically", 1, NO_SPACE, "--workers 1", "No space left"),
@@ -758,14 +756,13 @@ class HalfPrecision(torch.autocast):
 
 def test_towers_in_bf16_give_the_loss_fp32(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "autocast", HalfPrecision)
-    loss = mock.Mock(wraps=dark.dark_loss)
+    loss = Mock(wraps=dark.dark_loss)
     monkeypatch.setattr(dark, "dark_loss", loss)
 
     _, log = run(tmp_path, "--epochs 1 --micro-batch 4 --warmup 0")
 
     assert {x.dtype for x in loss.call_args.args} == {torch.float32}
-    difference = log[0]["loss"] - finished[2][0]["loss"]
-    assert 1e-5 < abs(difference) < 0.05
+    assert 1e-5 < abs(log[0]["loss"] - finished[2][0]["loss"]) < 0.05
 
 
 def test_backward_keeps_the_activations_of_one_micro_batch():
@@ -971,6 +968,7 @@ def test_an_evaluation_with_known_answers(known, monkeypatch, split, views, f1):
     )  # A brain is one of three directions.
     assert result["entropy"] == pytest.approx(expected, abs=1e-5)
     assert (result["hc18_valid"], result["hc18_n"], result["hc18_validity"]) == (4, 5, 80)
+    assert result["hc18_interval"] == pytest.approx([37.5535, 96.3776])  # Wilson's, of 4 in 5
     assert result["hc18_spearman"] == pytest.approx(1)
     assert result["avg"] == pytest.approx((result["f1_all"] + 0.8) / 2)
 
@@ -978,7 +976,7 @@ def test_an_evaluation_with_known_answers(known, monkeypatch, split, views, f1):
 def test_a_student_is_compared_with_its_teacher_by_ranks_and_probes_of_sixteen_frames(
     known, finished, monkeypatch
 ):
-    embed_images = mock.Mock(wraps=evaluate.embed_images)
+    embed_images = Mock(wraps=evaluate.embed_images)
     monkeypatch.setattr(evaluate, "embed_images", embed_images)
     monkeypatch.setattr(evaluate, "probe", lambda rows, label, features, score: (float(features.std()), 0))
     torch.save(dark.open_model("demo-fastvit").clip.state_dict(), "fastvit.pt")
@@ -1203,7 +1201,7 @@ def test_a_package_in_fp32_of_own_labels_is_exact(exported, tmp_path):
 
 def test_a_model_in_a_folder_is_exported_beside_the_trained_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = write_model(tmp_path / "model", "demo-vit")
+    name = write_model(tmp_path / "model", "demo-vit", patch_dropout=0.5)  # not in eval mode
     torch.save(dark.open_model("demo-vit").clip.state_dict(), "model/open_clip_pytorch_model.bin")
 
     export.main(f"--model {name} --runs 2 --mean 0.1,0.2,0.3 --interpolation bicubic".split())
