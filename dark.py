@@ -313,10 +313,7 @@ def load_weights(clip, name, path):
     content = read_weights(path)
     states = list(find_states(content))
     if len(states) != 1:
-        fail(
-            f"{path}: needs exactly one CLIP, that is one key that ends in logit_scale; "
-            f"it has {[key for key, *_ in states] or list(content)[:9]}"
-        )
+        fail(f"{path}: needs one CLIP (logit_scale); has {[key for key, *_ in states] or list(content)[:9]}")
     _, holder, prefix = states[0]
     with user_error(f"{path}: a {content.get('architecture', 'model')} that does not fit {name}"):
         state = {key.removeprefix(prefix): x for key, x in holder.items() if key.startswith(prefix)}
@@ -492,12 +489,15 @@ def squares(image, sizes):
     image.load()  # here, so that the `except` below does not hide a broken image
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # as many kinds again: metadata that cannot be read is ignored
+    except Exception:
+        # Pillow raises many kinds for broken metadata. What it cannot read leaves the image as it is; what it
+        # cannot write back, which is not needed here, it finds only after it has turned the image.
         pass
     if image.mode[0] in "IF":  # high-bit-depth greys (I, I;16, F), which Pillow's convert would clip
         values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        top = values.max()
         # White is the smallest usual maximum that this image does not exceed, or else its own.
-        white = next(white for white in (1, 255, 4095, 65535, values.max()) if white >= values.max())
+        white = next(white for white in (1, 255, 4095, 65535, top) if white >= top)
         image = Image.fromarray((255 / white * values + 0.5).astype(np.uint8))
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
@@ -797,7 +797,7 @@ def script():
             os._exit(130)  # at once: the other processes may never answer
         sys.exit(130)
     except (OSError, MemoryError, subprocess.CalledProcessError) as error:
-        message = str(error) or type(error).__name__
+        message = str(error).strip() or type(error).__name__
         fail(message.splitlines()[-1], 1)  # a loader's error begins with its traceback
     except RuntimeError as error:
         if "shared memory" in str(error):
